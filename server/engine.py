@@ -1,0 +1,338 @@
+"""The one module that imports vLLM: settings to engine arguments, and the engine with vLLM's own serving objects."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from argparse import Namespace
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import vllm
+from fastapi import Request
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponse
+from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+from vllm.entrypoints.openai.models.protocol import BaseModelPath
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve import create_error_response
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.utils.api_utils import with_cancellation
+from vllm.exceptions import VLLMValidationError
+from vllm.inputs import tokens_input
+from vllm.outputs import RequestOutput
+from vllm.platforms import current_platform
+from vllm.renderers.online_renderer import OnlineRenderer
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+from server.checkpoints.manifest import Manifest, read_manifest
+from server.errors import ApiError
+from server.language.guide import UNKNOWN_CHECKPOINT, Directives
+from server.settings import EMBEDDED_CHECKPOINT, Settings
+
+__all__ = [
+    "ChatCompletionRequest",
+    "ChatCompletionResponse",
+    "CompletionRequest",
+    "CompletionResponse",
+    "Engine",
+    "Generated",
+    "as_api_error",
+    "parse_engine_flags",
+    "start",
+    "with_cancellation",
+]
+
+log = logging.getLogger(__name__)
+
+VLLM_VERSION: str = vllm.__version__
+SWAGGER_FILES = Path(vllm.__file__).parent / "entrypoints" / "serve" / "instrumentator" / "static"
+CHAT_TEMPLATE = EMBEDDED_CHECKPOINT / "chat_template.jinja"
+PROBE_SECONDS = 10.0
+"""How long an engine may go without a token, while it has work, before it counts as hung."""
+
+
+# --- flags ------------------------------------------------------------------------------------------------------
+
+
+class _Parser(FlexibleArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise ValueError(message)
+
+
+def parse_engine_flags(settings: Settings) -> Namespace:
+    """vLLM's own engine flags, with defaults fit for the machine. Raises ValueError for one vLLM does not know."""
+    parser = AsyncEngineArgs.add_cli_args(_Parser(add_help=False))
+    parser.add_argument("--chat-template")
+    parser.add_argument("--enable-auto-tool-choice", action="store_true")
+    parser.add_argument("--tool-call-parser")
+    flags = ["--model", settings.model, "--served-model-name", settings.served_model_name]
+    if current_platform.is_cpu():
+        flags += _laptop_defaults(settings)
+    args, unknown = parser.parse_known_args([*flags, *settings.engine_flags])
+    if unknown:
+        raise ValueError(f"vLLM has no engine flag {unknown[0]!r}; bimedix serve --help says where they are listed")
+    args.enable_log_requests = False
+    return args
+
+
+def _laptop_defaults(settings: Settings) -> list[str]:
+    """Flags for a CPU: start quickly and leave the memory to others; whatever the user passes comes after these."""
+    flags = ["--enforce-eager", "--dtype", "bfloat16", "--max-num-seqs", "64"]
+    if Path(settings.model) == EMBEDDED_CHECKPOINT:
+        # 2 GiB hold 64 conversations of the full 2,048 tokens; vLLM would claim nearly all memory by default.
+        flags += ["--kv-cache-memory-bytes", str(2**30), "--gpu-memory-utilization", "0.1"]
+    return flags
+
+
+def _prepare_environment(settings: Settings) -> None:
+    """What vLLM reads from the environment only. Nothing is reported anywhere, and prompts stay out of the logs."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    os.environ["VLLM_DEBUG_LOG_API_SERVER_RESPONSE"] = "0"
+    if Path(settings.model).is_dir():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+# --- serving ----------------------------------------------------------------------------------------------------
+
+
+OnReply = Callable[[str], None]
+"""Called with a finished reply's text, once for each choice."""
+
+_on_reply: ContextVar[OnReply] = ContextVar("on_reply")
+
+
+class VicunaServingChat(OpenAIServingChat):
+    """vLLM's chat serving over results less the space that every Vicuna reply begins with (`ASSISTANT: Hello`)."""
+
+    def chat_completion_stream_generator(
+        self, request: ChatCompletionRequest, result_generator: AsyncIterator[RequestOutput], *args: Any, **kwargs: Any
+    ) -> AsyncGenerator[str, None]:
+        results = spoken(result_generator, _on_reply.get())
+        return super().chat_completion_stream_generator(request, results, *args, **kwargs)
+
+    async def chat_completion_full_generator(
+        self, request: ChatCompletionRequest, result_generator: AsyncIterator[RequestOutput], *args: Any, **kwargs: Any
+    ) -> ErrorResponse | ChatCompletionResponse:
+        results = spoken(result_generator, _on_reply.get())
+        return await super().chat_completion_full_generator(request, results, *args, **kwargs)
+
+
+async def spoken(results: AsyncIterator[RequestOutput], on_reply: OnReply) -> AsyncGenerator[RequestOutput, None]:
+    """`results` with one leading space taken from each choice's text, whole or in deltas; reports finished replies."""
+    replies: dict[int, list[str]] = {}
+    async for result in results:
+        for output in result.outputs:
+            parts = replies.setdefault(output.index, [])
+            if output.text:
+                output.text = output.text if parts else output.text.removeprefix(" ")
+                parts.append(output.text)
+            if output.finish_reason is not None:
+                on_reply("".join(parts))
+        yield result
+
+
+Generated = AsyncGenerator[str, None] | ChatCompletionResponse | CompletionResponse
+
+
+async def begun(generated: Generated | ErrorResponse) -> Generated:
+    """`generated`, or ApiError where it is a refusal. vLLM streams some refusals, as a first event: raised as well."""
+    if isinstance(generated, ErrorResponse):
+        raise as_api_error(generated)
+    if isinstance(generated, ChatCompletionResponse | CompletionResponse):
+        return generated
+    first = await anext(generated)
+    if first.startswith('data: {"error"'):
+        await generated.aclose()
+        raise as_api_error(ErrorResponse.model_validate_json(first.removeprefix("data: ")))
+    return _continued(first, generated)
+
+
+async def _continued(first: str, rest: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+    try:
+        yield first
+        async for event in rest:
+            yield event
+    finally:
+        # A client that leaves closes this generator; only closing vLLM's frees the request's slot.
+        await rest.aclose()
+
+
+TOO_LONG = {"input_text", "input_tokens"}
+"""What vLLM calls the parameter when a prompt does not fit."""
+
+
+@dataclass
+class Engine:
+    """A running engine and the serving objects over it."""
+
+    client: AsyncLLM
+    chat: VicunaServingChat
+    completion: OpenAIServingCompletion
+    models: OpenAIServingModels
+    manifest: Manifest | None
+    checkpoint_id: str
+    _probe: asyncio.Task[None] | None = field(default=None, repr=False)
+
+    @property
+    def max_model_len(self) -> int:
+        """The context window, in tokens."""
+        return int(self.client.model_config.max_model_len)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.client.model_config.get_vocab_size())
+
+    @property
+    def directives(self) -> Directives:
+        """What asks this checkpoint for a language."""
+        if self.manifest is None:
+            return UNKNOWN_CHECKPOINT
+        return Directives(self.manifest.directives, self.manifest.directive_use)
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that run or wait in the engine."""
+        return self.client.get_num_unfinished_requests()
+
+    async def create_chat(
+        self, request: ChatCompletionRequest, raw_request: Request, on_reply: OnReply
+    ) -> Generated:
+        """vLLM's chat completion: the response, or its stream of events once the first is there. Raises ApiError."""
+        _on_reply.set(on_reply)
+        try:
+            return await begun(await self.chat.create_chat_completion(request, raw_request))
+        except VLLMValidationError as error:
+            if error.parameter not in TOO_LONG:
+                raise
+            raise await self._too_long(partial(self._count_chat, request.messages), "messages") from None
+
+    async def create_completion(self, request: CompletionRequest, raw_request: Request) -> Generated:
+        """vLLM's text completion, likewise."""
+        try:
+            return await begun(await self.completion.create_completion(request, raw_request))
+        except VLLMValidationError as error:
+            if error.parameter not in TOO_LONG:
+                raise
+            raise await self._too_long(partial(self._count_text, request.prompt), "prompt") from None
+
+    async def _too_long(self, count: Callable[[], int], param: str) -> ApiError:
+        """vLLM stops counting at the first token too many; people want to know how much to cut."""
+        tokens = await asyncio.to_thread(count)
+        message = f"The prompt is {tokens} tokens long; the context window holds {self.max_model_len}, reply included."
+        return ApiError(400, message, param=param, code="context_length_exceeded")
+
+    def _count_chat(self, messages: list[Any]) -> int:
+        tokenizer = self.client.get_tokenizer()
+        return len(tokenizer.apply_chat_template(messages, chat_template=self.chat.chat_template, return_dict=False))
+
+    def _count_text(self, prompt: Any) -> int:
+        """The longest of the prompts."""
+        tokenizer = self.client.get_tokenizer()
+        prompts = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
+        return max(len(tokenizer.encode(one)) if isinstance(one, str) else len(one) for one in prompts)
+
+    async def answers(self) -> bool:
+        """Whether the engine produced a token just now: its own error flag says nothing about a hang (vllm#36451)."""
+        if self.client.errored:
+            return False
+        if self._probe is None or self._probe.done():
+            self._probe = asyncio.create_task(self._generate_one_token())
+        try:
+            await asyncio.wait_for(asyncio.shield(self._probe), PROBE_SECONDS)
+        except Exception as error:
+            log.warning("the engine did not answer a probe: %s", type(error).__name__)
+            return False
+        return True
+
+    async def _generate_one_token(self) -> None:
+        sampling = SamplingParams(max_tokens=1, temperature=0.0, output_kind=RequestOutputKind.FINAL_ONLY)
+        prompt = tokens_input([self.client.model_config.hf_config.bos_token_id])
+        async for _ in self.client.generate(prompt, sampling, f"probe-{time.monotonic_ns()}"):
+            pass
+
+    def model_cards(self) -> list[dict[str, Any]]:
+        """What GET /v1/models lists."""
+        return [
+            {
+                "id": path.name,
+                "object": "model",
+                "created": 0,
+                "owned_by": "bimedix",
+                "max_model_len": self.max_model_len,
+                "checkpoint": self.checkpoint_id,
+                "description": self.manifest.description if self.manifest else None,
+            }
+            for path in self.models.base_model_paths
+        ]
+
+
+@asynccontextmanager
+async def start(settings: Settings) -> AsyncIterator[Engine]:
+    """Start vLLM in this process and yield the engine. Takes seconds to minutes; the event loop stays free."""
+    _prepare_environment(settings)
+    args = parse_engine_flags(settings)
+    client = await asyncio.to_thread(_start_client, args)
+    try:
+        yield await _assemble(settings, args, client)
+    finally:
+        client.shutdown(timeout=0)
+
+
+def _start_client(args: Namespace) -> AsyncLLM:
+    config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
+    return AsyncLLM.from_vllm_config(config, disable_log_stats=args.disable_log_stats)
+
+
+async def _assemble(settings: Settings, args: Namespace, client: AsyncLLM) -> Engine:
+    manifest = read_manifest(Path(settings.model)) if Path(settings.model).is_dir() else None
+    # The service speaks Vicuna: a checkpoint with our manifest brings its own template, any other gets ours.
+    template = args.chat_template or (None if manifest else CHAT_TEMPLATE.read_text(encoding="utf-8"))
+    models = OpenAIServingModels(client, [BaseModelPath(settings.served_model_name, settings.model)])
+    shared: dict[str, Any] = {"request_logger": None}
+    tools = {"enable_auto_tools": args.enable_auto_tool_choice, "tool_parser": args.tool_call_parser}
+    rendering: dict[str, Any] = {"chat_template": template, "chat_template_content_format": "string", **tools}
+    renderer = OnlineRenderer(client.model_config, client.renderer, **shared, **rendering)
+    await asyncio.to_thread(renderer.warmup)
+    return Engine(
+        client=client,
+        chat=VicunaServingChat(client, models, "assistant", online_renderer=renderer, **shared, **rendering),
+        completion=OpenAIServingCompletion(client, models, online_renderer=renderer, **shared),
+        models=models,
+        manifest=manifest,
+        checkpoint_id=manifest.id if manifest else Path(settings.model).name,
+    )
+
+
+def as_api_error(problem: ErrorResponse | Exception) -> ApiError:
+    """vLLM's refusal or exception, in this service's envelope, without the value that vLLM may quote."""
+    error = (problem if isinstance(problem, ErrorResponse) else create_error_response(problem)).error
+    status = int(error.code)
+    if status >= 500 and not isinstance(problem, ErrorResponse):
+        log.error("unexpected %s while answering a request", type(problem).__name__)
+    message = str(problem.args[0]) if isinstance(problem, VLLMValidationError) else error.message
+    headers = {"Retry-After": "5"} if status == 503 else None
+    return ApiError(status, message, param=error.param, code=_code(status), headers=headers)
+
+
+def _code(status: int) -> str:
+    return {404: "model_not_found", 503: "overloaded"}.get(status, "invalid_value" if status < 500 else "engine_error")
+
+
+def metrics_registry() -> Any:
+    """The Prometheus registry that vLLM's metrics live in."""
+    return get_prometheus_registry()

@@ -1,0 +1,45 @@
+"""This service's own metrics, and the middleware that counts requests. Labels never hold text or ids."""
+
+from __future__ import annotations
+
+import time
+
+from prometheus_client import Counter, Histogram
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+REQUESTS = Counter("bimedix_requests_total", "HTTP requests answered.", ["route", "status"])
+REPLY_LANGUAGES = Counter(
+    "bimedix_reply_language_total", "Replies by the language chosen and the language seen.", ["expected", "observed"]
+)
+SECONDS = Histogram(
+    "bimedix_request_seconds",
+    "Seconds from a request's arrival to its last byte.",
+    ["route"],
+    buckets=(0.005, 0.02, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 120),
+)
+
+
+class CountRequests:
+    """Plain ASGI, so that streams pass through untouched and a client's disconnect reaches the route."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        began, status = time.perf_counter(), 0
+
+        async def note_status(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, note_status)
+        finally:
+            # The route's template, never the path: paths hold ids, and anything else that callers make up.
+            route = getattr(scope.get("route"), "path", "none")
+            REQUESTS.labels(route, str(status)).inc()
+            SECONDS.labels(route).observe(time.perf_counter() - began)

@@ -1,0 +1,67 @@
+"""POST /v1/chat/completions, POST /v1/completions and GET /v1/models."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from server.auth import require_key
+from server.engine import ChatCompletionResponse, CompletionResponse, Engine, Generated, with_cancellation
+from server.errors import ApiError
+from server.language import Language
+from server.language.guide import NO_DIRECTIVES, guide
+from server.language.hygiene import clean
+from server.language.score import observed_language
+from server.limits import CheckedRoute
+from server.metrics import REPLY_LANGUAGES
+from server.requests import ChatRequest, TextRequest
+from server.service import admitted, service
+from server.vicuna import normalise
+
+router = APIRouter(route_class=CheckedRoute, dependencies=[Depends(require_key)], tags=["generation"])
+Admitted = Annotated[Engine, Depends(admitted)]
+
+
+@router.post("/v1/chat/completions", response_model=ChatCompletionResponse)
+@with_cancellation
+async def create_chat_completion(request: ChatRequest, raw_request: Request, engine: Admitted) -> Response:
+    """Answer a conversation, as JSON or as server-sent events."""
+    policy = request.language_policy or service(raw_request).settings.language_policy
+    try:
+        messages = normalise([{**message, "content": clean(message["content"]).text} for message in request.messages])
+    except ValueError as error:
+        raise ApiError(400, str(error), param="messages", code="invalid_value") from None
+    directives = engine.directives if policy != "off" else NO_DIRECTIVES
+    request.messages, language = guide(messages, request.language, directives)
+    generated = await engine.create_chat(request, raw_request, lambda reply: count_reply(language, reply))
+    return respond(generated, {**headers(engine), "X-Bimedix-Language": language})
+
+
+def count_reply(expected: Language, reply: str) -> None:
+    REPLY_LANGUAGES.labels(expected, observed_language(reply)).inc()
+
+
+@router.post("/v1/completions", response_model=CompletionResponse)
+@with_cancellation
+async def create_completion(request: TextRequest, raw_request: Request, engine: Admitted) -> Response:
+    """Continue raw text; with `echo` and `logprobs`, score it."""
+    return respond(await engine.create_completion(request, raw_request), headers(engine))
+
+
+@router.get("/v1/models")
+async def list_models(request: Request) -> dict[str, Any]:
+    """The checkpoint that is served, and what it is."""
+    return {"object": "list", "data": service(request).loaded().model_cards()}
+
+
+def headers(engine: Engine) -> dict[str, str]:
+    return {"X-Bimedix-Checkpoint": engine.checkpoint_id}
+
+
+def respond(generated: Generated, headers: dict[str, str]) -> Response:
+    """vLLM's result as a response: a body, or a stream of events."""
+    if isinstance(generated, ChatCompletionResponse | CompletionResponse):
+        return JSONResponse(generated.model_dump(), headers=headers)
+    return StreamingResponse(generated, media_type="text/event-stream", headers=headers)

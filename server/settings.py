@@ -1,0 +1,117 @@
+"""One checked, frozen object with everything that can be configured; `BIMEDIX_*` in the environment, flags over it."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+EMBEDDED_CHECKPOINT = Path(__file__).parent / "embedded"
+
+
+class ApiKey:
+    """A named key, kept as a digest so that the key itself is not lying around in memory or in a repr."""
+
+    def __init__(self, name: str, key: str) -> None:
+        self.name = name
+        self.digest = hashlib.sha256(key.encode()).digest()
+
+    def matches(self, key: str) -> bool:
+        """Compare in constant time: digests have one length, whatever was sent."""
+        return hmac.compare_digest(self.digest, hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest())
+
+    def __repr__(self) -> str:
+        return f"ApiKey({self.name!r})"
+
+
+def parse_keys(lines: list[str]) -> tuple[ApiKey, ...]:
+    """`name:key` entries to keys. Raises ValueError for an entry without a name, a short key, or a repeated name."""
+    keys = []
+    for number, line in enumerate(lines, 1):
+        name, colon, key = line.strip().partition(":")
+        if not (name and colon and len(key) >= 16 and key.isascii() and key.isprintable() and " " not in key):
+            raise ValueError(
+                f"API key {number}: expected NAME:KEY with a key of at least 16 visible ASCII characters "
+                "(make one with: openssl rand -hex 24)"
+            )
+        keys.append(ApiKey(name, key))
+    names = [key.name for key in keys]
+    if len(set(names)) != len(names):
+        raise ValueError("API key names repeat")
+    return tuple(keys)
+
+
+class Settings(BaseSettings):
+    """Configuration of one service process. Unknown names and impossible combinations raise ValueError."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="BIMEDIX_", frozen=True, extra="forbid", arbitrary_types_allowed=True, hide_input_in_errors=True
+    )
+
+    model: str = Field(default=str(EMBEDDED_CHECKPOINT), description="Checkpoint directory, or a hub id.")
+    served_model_name: str = Field(default="bimedix", description="The name that requests use.")
+    host: str = Field(default="127.0.0.1", description="Address to listen on.")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        default=(), description="NAME:KEY entries, separated by commas."
+    )
+    api_key_file: Path | None = Field(default=None, description="File with one NAME:KEY a line; # starts a comment.")
+    allow_anonymous: bool = Field(default=False, description="Serve other machines without keys.")
+    language_policy: Literal["off", "guide", "guard"] = Field(
+        default="guide", description="How the reply's language is steered."
+    )
+    max_body_bytes: int = Field(default=2_000_000, ge=1_000, description="Largest request body, in bytes.")
+    drain_seconds: float = Field(default=30.0, ge=0, le=3600, description="How long SIGTERM waits for running replies.")
+    engine_flags: tuple[str, ...] = Field(default=(), description="vLLM engine flags, as on its command line.")
+
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _split_keys(cls, value: object) -> object:
+        return tuple(part for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("model")
+    @classmethod
+    def _path_exists(cls, value: str) -> str:
+        if value.startswith(("/", ".", "~")) and not Path(value).expanduser().is_dir():
+            raise ValueError(f"there is no checkpoint directory {value}")
+        return str(Path(value).expanduser()) if value.startswith("~") else value
+
+    @model_validator(mode="after")
+    def _reachable_only_with_keys(self) -> Settings:
+        keys = self.keys
+        if not keys and not self.allow_anonymous and not is_loopback(self.host):
+            raise ValueError(
+                f"refusing to listen on {self.host} without API keys: anyone who reaches it could use it. "
+                "Set BIMEDIX_API_KEYS or --api-key-file, keep --host 127.0.0.1, or pass --allow-anonymous."
+            )
+        return self
+
+    @property
+    def keys(self) -> tuple[ApiKey, ...]:
+        """The keys of both sources. Raises ValueError when the file cannot be read or an entry is malformed."""
+        lines = [entry.get_secret_value() for entry in self.api_keys]
+        if self.api_key_file is not None:
+            try:
+                text = self.api_key_file.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise ValueError(f"cannot read the API key file {self.api_key_file}: {error}") from None
+            found = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+            if not found:
+                raise ValueError(f"the API key file {self.api_key_file} names no key")
+            lines += found
+        return parse_keys(lines)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,91 @@
+"""The real service for tests: `bimedix serve` as a subprocess on the embedded checkpoint, started once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from hypothesis import settings
+
+# How long an example takes says more about the machine than about the code.
+settings.register_profile("tests", deadline=None)
+settings.load_profile("tests")
+
+START_SECONDS = 240
+
+
+@dataclass
+class RunningService:
+    """A service process and how to reach it."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    log: Path
+
+    def client(self, api_key: str = "none") -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=60)
+
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"the service ended with {self.process.returncode}:\n{self.log.read_text()}")
+            try:
+                if httpx.get(f"{self.url}/ready", timeout=15).status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.25)
+        raise RuntimeError(f"the service was not ready after {START_SECONDS} s:\n{self.log.read_text()}")
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def start_service(directory: Path, *flags: str, **environment: str) -> RunningService:
+    """Start `bimedix serve` on a free port; does not wait."""
+    port, log = free_port(), directory / "service.log"
+    command = [sys.executable, "-m", "server.cli", "serve", "--port", str(port), *flags]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("BIMEDIX_")}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env={**clean, **environment}, start_new_session=True
+        )
+    return RunningService(process, f"http://127.0.0.1:{port}", log)
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
+    """A ready service without keys, shared by all tests."""
+    running = start_service(tmp_path_factory.mktemp("service"))
+    try:
+        running.wait_until_ready()
+        yield running
+    finally:
+        running.stop()
+
+
+@pytest.fixture
+def client(service: RunningService) -> openai.OpenAI:
+    return service.client()

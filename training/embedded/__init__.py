@@ -1,0 +1,1 @@
+"""Corpus and recipe of the embedded demonstration checkpoint."""
