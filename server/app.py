@@ -1,4 +1,4 @@
-"""create_app: settings to a FastAPI application whose lifespan holds the engine."""
+"""create_app: settings to a FastAPI application whose lifespan holds the engine and the conversation store."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from importlib.metadata import version
 from fastapi import FastAPI
 
 from server import engine, errors, metrics
-from server.routes import chat, health
+from server.conversations import problems
+from server.conversations.errors import StoreUnavailable
+from server.conversations.store import Store
+from server.routes import chat, conversations, health, responses
 from server.service import Service
 from server.settings import Settings
 
@@ -48,15 +51,18 @@ def create_app(settings: Settings, on_ready: Callable[[Service], None] | None = 
     app.state.on_engine_end = lambda task: None
     app.add_middleware(metrics.CountRequests)
     errors.install(app)
+    problems.install(app)
     app.include_router(chat.router)
+    app.include_router(responses.router)
+    app.include_router(conversations.router)
     app.include_router(health.router)
     health.add_docs(app)
     return app
 
 
 async def hold_engine(service: Service, stop: asyncio.Event, on_ready: Callable[[Service], None] | None) -> None:
-    """Start the engine, hand it to `service` when it answers, and keep it until `stop`."""
-    async with engine.start(service.settings) as started:
+    """Open the store, start the engine, hand it to `service` when it answers, and keep both until `stop`."""
+    async with opened(service.store), engine.start(service.settings) as started:
         if not await started.answers():
             raise RuntimeError("the engine started but does not answer")
         service.engine = started
@@ -64,3 +70,16 @@ async def hold_engine(service: Service, stop: asyncio.Event, on_ready: Callable[
             on_ready(service)
         await stop.wait()
         service.engine = None
+
+
+@asynccontextmanager
+async def opened(store: Store) -> AsyncIterator[None]:
+    """Keep `store` open. One that cannot be reached opens by itself later. Raises SchemaMismatch."""
+    try:
+        await store.open()
+    except StoreUnavailable as error:
+        log.warning("%s; chat completions without a conversation are served", error)
+    try:
+        yield
+    finally:
+        await store.close()

@@ -14,7 +14,9 @@ def converse(url: str, api_key: str, language: str) -> None:
     try:
         model = client.models.list().data[0].id
     except openai.OpenAIError as error:
-        typer.secho(f"bimedix: no service answers at {url} ({error}); start one with: bimedix serve", fg="red", err=True)
+        typer.secho(
+            f"bimedix: no service answers at {url} ({error}); start one with: bimedix serve", fg="red", err=True
+        )
         raise typer.Exit(1) from None
     while (message := read_message()) is not None:
         if not message:
@@ -36,9 +38,7 @@ def read_message() -> str | None:
         return None
 
 
-def stream_reply(
-    client: openai.OpenAI, model: str, history: list[ChatCompletionMessageParam], language: str
-) -> str:
+def stream_reply(client: openai.OpenAI, model: str, history: list[ChatCompletionMessageParam], language: str) -> str:
     """Print the reply as it comes, and return it whole."""
     stream = client.chat.completions.create(
         model=model, messages=history, stream=True, extra_body={"language": language}

@@ -24,9 +24,13 @@ app.add_typer(conversations_app, name="conversations")
 app.add_typer(latency_app, name="latency")
 
 
-def default(name: str) -> str:
-    """A setting's default as help shows it; the value itself comes from the environment or from `Settings`."""
-    return str(Settings.model_fields[name].default)
+def setting(name: str, *flags: str) -> Any:
+    """An option that is explained as its setting is, and left to the environment and the defaults when not given."""
+    field = Settings.model_fields[name]
+    shown = field.default if isinstance(field.default, str | int | float) and name != "model" else None
+    return typer.Option(
+        *flags, help=field.description, show_default=str(shown) if shown not in (None, False) else False
+    )
 
 
 def fail(message: str) -> NoReturn:
@@ -39,34 +43,35 @@ SERVE_HELP = """Load a checkpoint in vLLM and serve it.
 Without --model it serves the small demonstration checkpoint that comes with this package. Every engine flag of vLLM is
 passed on unchanged, for example:
 
-  bimedix serve                                                       demonstration model, on a CPU
+  bimedix serve  (the demonstration model, on a CPU)
 
-  bimedix serve --model BiMediX/BiMediX-Bi --tensor-parallel-size 2   two A100-80GB, bfloat16
+  bimedix serve --model BiMediX/BiMediX-Bi --tensor-parallel-size 2  (two A100-80GB)
 
-  bimedix serve --model DIR --max-model-len 8192                      any merged checkpoint
+  bimedix serve --model DIR --max-model-len 8192  (a merged checkpoint)
 
 Each option can also be set in the environment, as BIMEDIX_ and its name: BIMEDIX_PORT=8001.
 """
 
 
 @app.command(
-    help=SERVE_HELP, context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["--help"]}
+    help=SERVE_HELP,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["--help"]},
 )
 def serve(
     context: typer.Context,
-    model: Annotated[str | None, typer.Option(help="Checkpoint directory or hub id.", show_default="demonstration model")] = None,
-    served_model_name: Annotated[str | None, typer.Option(help="Name that requests use.", show_default=default("served_model_name"))] = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default=default("host"))] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on.", show_default=default("port"))] = None,
-    api_key_file: Annotated[Path | None, typer.Option(help="File with a NAME:KEY a line; or set BIMEDIX_API_KEYS.", show_default="no keys")] = None,
-    allow_anonymous: Annotated[bool | None, typer.Option("--allow-anonymous", help="Listen beyond this machine without keys.")] = None,
-    language_policy: Annotated[str | None, typer.Option(help="off, guide or guard: how the reply's language is kept.", show_default=default("language_policy"))] = None,
-    max_body_bytes: Annotated[int | None, typer.Option(help="Largest request body.", show_default=default("max_body_bytes"))] = None,
-    drain_seconds: Annotated[float | None, typer.Option(help="How long SIGTERM waits for running replies.", show_default=default("drain_seconds"))] = None,
+    model: Annotated[str | None, setting("model")] = None,
+    served_model_name: Annotated[str | None, setting("served_model_name")] = None,
+    host: Annotated[str | None, setting("host")] = None,
+    port: Annotated[int | None, setting("port")] = None,
+    api_key_file: Annotated[Path | None, setting("api_key_file")] = None,
+    allow_anonymous: Annotated[bool | None, setting("allow_anonymous", "--allow-anonymous")] = None,
+    store: Annotated[str | None, setting("store")] = None,
+    conversation_ttl: Annotated[str | None, setting("conversation_ttl")] = None,
+    language_policy: Annotated[str | None, setting("language_policy")] = None,
+    max_body_bytes: Annotated[int | None, setting("max_body_bytes")] = None,
+    drain_seconds: Annotated[float | None, setting("drain_seconds")] = None,
 ) -> None:
-    given: dict[str, Any] = {
-        name: value for name, value in locals().items() if name != "context" and value is not None
-    }
+    given: dict[str, Any] = {name: value for name, value in locals().items() if name != "context" and value is not None}
     settings = checked_settings(given, tuple(context.args))
     from server.serve import run
 
@@ -91,7 +96,9 @@ def checked_settings(given: dict[str, Any], engine_flags: tuple[str, ...]) -> Se
 @app.command()
 def chat(
     url: Annotated[str, typer.Option(help="The service to talk to.")] = "http://127.0.0.1:8000",
-    api_key: Annotated[str, typer.Option(envvar="BIMEDIX_API_KEY", help="Key, where the service asks for one.")] = "none",
+    api_key: Annotated[
+        str, typer.Option(envvar="BIMEDIX_API_KEY", help="Key, where the service asks for one.")
+    ] = "none",
     language: Annotated[str, typer.Option(help="Language of the replies: auto, en or ar.")] = "auto",
 ) -> None:
     """Talk to a running service from the terminal, in English or Arabic. Ctrl-D ends, an empty line starts anew."""

@@ -1,4 +1,4 @@
-"""The one module that imports vLLM: settings to engine arguments, and the engine with vLLM's own serving objects."""
+"""The seam to vLLM: settings to engine arguments, and the engine with vLLM's own serving objects."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from typing import Any
 import vllm
 from fastapi import Request
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.generate.base.protocol import StreamOptions
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponse
@@ -38,7 +39,9 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from server.checkpoints.manifest import Manifest, read_manifest
+from server.engine_guard import LANGUAGE_ARG, use_guard
 from server.errors import ApiError
+from server.language import Language
 from server.language.guide import UNKNOWN_CHECKPOINT, Directives
 from server.settings import EMBEDDED_CHECKPOINT, Settings
 
@@ -49,6 +52,7 @@ __all__ = [
     "CompletionResponse",
     "Engine",
     "Generated",
+    "StreamOptions",
     "as_api_error",
     "parse_engine_flags",
     "start",
@@ -186,6 +190,8 @@ class Engine:
     models: OpenAIServingModels
     manifest: Manifest | None
     checkpoint_id: str
+    no_guard: str | None = None
+    """Why this engine can't guard a reply's language; None where it can."""
     _probe: asyncio.Task[None] | None = field(default=None, repr=False)
 
     @property
@@ -210,10 +216,21 @@ class Engine:
         return self.client.get_num_unfinished_requests()
 
     async def create_chat(
-        self, request: ChatCompletionRequest, raw_request: Request, on_reply: OnReply
+        self,
+        request: ChatCompletionRequest,
+        raw_request: Request | None,
+        on_reply: OnReply,
+        guarded: Language | None = None,
     ) -> Generated:
-        """vLLM's chat completion: the response, or its stream of events once the first is there. Raises ApiError."""
+        """vLLM's chat completion: the response, or its stream of events once the first is there. Raises ApiError.
+
+        `guarded` is the language that decoding is to keep; a reply whose form the request prescribes is left alone.
+        """
         _on_reply.set(on_reply)
+        if guarded is not None and not _prescribed(request):
+            if self.no_guard is not None:
+                raise ApiError(400, f"No guard: {self.no_guard}.", param="language_policy", code="invalid_value")
+            request.vllm_xargs = {LANGUAGE_ARG: guarded}
         try:
             return await begun(await self.chat.create_chat_completion(request, raw_request))
         except VLLMValidationError as error:
@@ -235,6 +252,10 @@ class Engine:
         tokens = await asyncio.to_thread(count)
         message = f"The prompt is {tokens} tokens long; the context window holds {self.max_model_len}, reply included."
         return ApiError(400, message, param=param, code="context_length_exceeded")
+
+    async def count_chat(self, messages: list[Any]) -> int:
+        """How many tokens messages are as a prompt."""
+        return await asyncio.to_thread(self._count_chat, messages)
 
     def _count_chat(self, messages: list[Any]) -> int:
         tokenizer = self.client.get_tokenizer()
@@ -286,20 +307,41 @@ async def start(settings: Settings) -> AsyncIterator[Engine]:
     """Start vLLM in this process and yield the engine. Takes seconds to minutes; the event loop stays free."""
     _prepare_environment(settings)
     args = parse_engine_flags(settings)
-    client = await asyncio.to_thread(_start_client, args)
+    client, no_guard = await asyncio.to_thread(_start_client, settings, args)
     try:
-        yield await _assemble(settings, args, client)
+        engine = await _assemble(settings, args, client)
+        engine.no_guard = no_guard
+        yield engine
     finally:
         client.shutdown(timeout=0)
 
 
-def _start_client(args: Namespace) -> AsyncLLM:
+def _start_client(settings: Settings, args: Namespace) -> tuple[AsyncLLM, str | None]:
+    """The engine client, and why it has no language guard where it has none. Raises ValueError where it has to."""
     config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
-    return AsyncLLM.from_vllm_config(config, disable_log_stats=args.disable_log_stats)
+    no_guard = None
+    try:
+        use_guard(config)
+    except ValueError as error:
+        if settings.language_policy == "guard":
+            raise
+        no_guard = str(error)
+    return AsyncLLM.from_vllm_config(config, disable_log_stats=args.disable_log_stats), no_guard
+
+
+def _prescribed(request: ChatCompletionRequest) -> bool:
+    """Whether the request says what form the reply has: JSON, a choice, a tool call, a set of tokens."""
+    form = request.response_format
+    return bool(
+        request.structured_outputs
+        or (form is not None and form.type != "text")
+        or (request.tools and request.tool_choice != "none")
+        or request.allowed_token_ids
+    )
 
 
 async def _assemble(settings: Settings, args: Namespace, client: AsyncLLM) -> Engine:
-    manifest = read_manifest(Path(settings.model)) if Path(settings.model).is_dir() else None
+    manifest = read_manifest(Path(settings.model))
     # The service speaks Vicuna: a checkpoint with our manifest brings its own template, any other gets ours.
     template = args.chat_template or (None if manifest else CHAT_TEMPLATE.read_text(encoding="utf-8"))
     models = OpenAIServingModels(client, [BaseModelPath(settings.served_model_name, settings.model)])
@@ -310,7 +352,16 @@ async def _assemble(settings: Settings, args: Namespace, client: AsyncLLM) -> En
     await asyncio.to_thread(renderer.warmup)
     return Engine(
         client=client,
-        chat=VicunaServingChat(client, models, "assistant", online_renderer=renderer, **shared, **rendering),
+        chat=VicunaServingChat(
+            client,
+            models,
+            "assistant",
+            # Says how many of a prompt's tokens came from the prefix cache.
+            enable_prompt_tokens_details=True,
+            online_renderer=renderer,
+            **shared,
+            **rendering,
+        ),
         completion=OpenAIServingCompletion(client, models, online_renderer=renderer, **shared),
         models=models,
         manifest=manifest,

@@ -11,6 +11,7 @@ from fastapi import HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 
+from server.conversations.errors import StoreError
 from server.engine import as_api_error
 from server.errors import ApiError
 
@@ -99,7 +100,7 @@ class CheckedRoute(APIRoute):
                     )
             try:
                 return await handle(CheckedRequest(request.scope, request.receive))
-            except (HTTPException, RequestValidationError):
+            except (HTTPException, RequestValidationError, StoreError):
                 raise
             except Exception as error:
                 raise as_api_error(error) from None

@@ -17,6 +17,18 @@ SECONDS = Histogram(
     ["route"],
     buckets=(0.005, 0.02, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 120),
 )
+TURNS = Counter(
+    "bimedix_turns_total",
+    "Turns by how they ended: complete, incomplete (token limit), interrupted, failed, replayed (idempotency key).",
+    ["ending"],
+)
+DROPPED_TURNS = Counter("bimedix_dropped_turns_total", "Turns that no longer fitted into their conversation's prompt.")
+STORE_SECONDS = Histogram(
+    "bimedix_store_seconds",
+    "Seconds to begin and to commit a turn, without the wait for an earlier one.",
+    ["step"],
+    buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1, 5),
+)
 
 
 class CountRequests:

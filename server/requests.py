@@ -102,15 +102,24 @@ class ChatRequest(Bounded, ChatCompletionRequest):
     messages: list[Any] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: Count | None = None
     n: int | None = Field(1, ge=1, le=16)
-    top_logprobs: int | None = Field(0, ge=0, le=20)
+    top_logprobs: int = Field(0, ge=0, le=20)
     language: Literal["auto", "en", "ar"] = Field("auto", description="Which language to answer in.")
     language_policy: Literal["off", "guide", "guard"] | None = Field(
         None, description="How the reply's language is kept; the service's own policy by default."
+    )
+    conversation: Annotated[str, Field(max_length=100)] | None = Field(
+        None, description="Take this turn in a stored conversation; `messages` are then what is new."
     )
 
     @model_validator(mode="after")
     def _text_messages(self) -> ChatRequest:
         self.messages = [text_message(number, message) for number, message in enumerate(self.messages)]
+        return self
+
+    @model_validator(mode="after")
+    def _one_reply_a_turn(self) -> ChatRequest:
+        if self.conversation is not None and self.n != 1:
+            raise Refusal("a conversation takes one reply a turn", "n")
         return self
 
 
@@ -139,35 +148,38 @@ class TextRequest(Bounded, CompletionRequest):
 CHAT_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
-def text_message(number: int, message: object) -> Message:
-    """One OpenAI message as a role and its text. Raises for other roles, for content that is not text, and for none."""
-    where = f"messages.{number}"
+def text_message(number: int, message: object, param: str = "messages") -> Message:
+    """One OpenAI message as a role and its text. Raises for other roles, for content that is not text, and for none.
+
+    `param` is the request's name for the list that `message` stands in.
+    """
+    where = f"{param}.{number}"
     if not isinstance(message, Mapping):
-        raise Refusal(f"{where} is not an object", "messages")
+        raise Refusal(f"{where} is not an object", param)
     role = CHAT_ROLES.get(message.get("role"))  # type: ignore[arg-type]
     if role is None:
-        raise Refusal(f"{where}.role must be system, developer, user or assistant", "messages")
+        raise Refusal(f"{where}.role must be system, developer, user or assistant", param)
     if message.get("tool_calls") or message.get("function_call"):
-        raise Refusal(f"{where} has tool calls, which a Vicuna conversation cannot hold", "messages")
-    return {"role": role, "content": _text(message.get("content"), where)}
+        raise Refusal(f"{where} has tool calls, which a Vicuna conversation cannot hold", param)
+    return {"role": role, "content": _text(message.get("content"), where, param)}
 
 
-def _text(content: object, where: str) -> str:
+def _text(content: object, where: str, param: str) -> str:
     if isinstance(content, list):
-        content = "\n".join(_part(part, f"{where}.content.{i}") for i, part in enumerate(content))
+        content = "\n".join(_part(part, f"{where}.content.{i}", param) for i, part in enumerate(content))
     if not isinstance(content, str):
-        raise Refusal(f"{where}.content must be text", "messages")
+        raise Refusal(f"{where}.content must be text", param)
     if not content.strip():
-        raise Refusal(f"{where}.content is empty", "messages")
+        raise Refusal(f"{where}.content is empty", param)
     return content
 
 
-def _part(part: object, where: str) -> str:
+def _part(part: object, where: str, param: str) -> str:
     if not isinstance(part, Mapping) or part.get("type") not in ("text", "input_text", "output_text"):
-        raise Refusal(f"{where}: this model reads text only", "messages")
+        raise Refusal(f"{where}: this model reads text only", param)
     text = part.get("text")
     if not isinstance(text, str):
-        raise Refusal(f"{where}.text must be text", "messages")
+        raise Refusal(f"{where}.text must be text", param)
     return text
 
 
@@ -196,7 +208,9 @@ def _check_structured_outputs(value: object) -> None:
         _check_pattern(value["regex"], param)
     choice = value.get("choice")
     if choice is not None and not (
-        isinstance(choice, list) and 0 < len(choice) <= 100 and all(isinstance(c, str) and 0 < len(c) <= 500 for c in choice)
+        isinstance(choice, list)
+        and 0 < len(choice) <= 100
+        and all(isinstance(c, str) and 0 < len(c) <= 500 for c in choice)
     ):
         raise Refusal("choice takes 1 to 100 strings of at most 500 characters", param)
     schema = value.get("json")
@@ -206,6 +220,12 @@ def _check_structured_outputs(value: object) -> None:
         except (ValueError, RecursionError):
             raise Refusal("json is not a JSON schema", param) from None
     _check_schema(schema, param)
+
+
+def _is_choice(value: object) -> bool:
+    if not isinstance(value, list) or not 0 < len(value) <= 100:
+        return False
+    return all(isinstance(option, str) and 0 < len(option) <= 500 for option in value)
 
 
 def _check_pattern(pattern: object, param: str) -> None:

@@ -16,6 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from server.app import create_app
 from server.checkpoints.manifest import read_manifest
+from server.conversations.errors import StoreError
 from server.engine import parse_engine_flags
 from server.service import Service
 from server.settings import EMBEDDED_CHECKPOINT, Settings
@@ -38,7 +39,8 @@ class LingeringH11Protocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         self.refused = True
-        transport, self.transport = self.transport, _Unclosable(self.transport)
+        transport = self.transport
+        self.transport = _Unclosable(transport)  # type: ignore[assignment]
         super().send_400_response(msg)
         self.transport = transport
         self.loop.call_later(self.LINGER_SECONDS, transport.close)
@@ -74,7 +76,7 @@ class DrainingServer(uvicorn.Server):
     async def _stop_when_idle(self) -> None:
         deadline = time.monotonic() + self.service.settings.drain_seconds
         print(f"Shutting down: {self.service.running} replies still run", flush=True)
-        while self.service.running and time.monotonic() < deadline:
+        while self.service.running and time.monotonic() < deadline:  # noqa: ASYNC110 - the last one leaves unannounced
             await asyncio.sleep(0.05)
         self.should_exit = True
 
@@ -105,17 +107,21 @@ def run(settings: Settings) -> int:
 
 
 def stop_if_failed(server: DrainingServer, task: asyncio.Task[None]) -> None:
-    """End the process when the engine could not start: a supervisor restarts it, and a person sees why."""
+    """End the process when the engine or the store could not start: a supervisor restarts it, and a person sees why."""
     if not task.cancelled() and (error := task.exception()):
         server.service.failed = True
-        print(f"bimedix: the engine did not start: {error}", file=sys.stderr, flush=True)
+        reason = str(error) if isinstance(error, StoreError) else f"the engine did not start: {error}"
+        print(f"bimedix: {reason}", file=sys.stderr, flush=True)
         server.should_exit = True
 
 
 def announce_loading(settings: Settings) -> None:
     directory = Path(settings.model)
-    print(f"Loading {settings.model}" if directory != EMBEDDED_CHECKPOINT else "Loading the embedded checkpoint", flush=True)
-    manifest = read_manifest(directory) if directory.is_dir() else None
+    print(
+        f"Loading {settings.model}" if directory != EMBEDDED_CHECKPOINT else "Loading the embedded checkpoint",
+        flush=True,
+    )
+    manifest = read_manifest(directory)
     if manifest:
         print(f"  {manifest.id}: {manifest.description}", flush=True)
     print("  research use only, not for clinical use", flush=True)

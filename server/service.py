@@ -6,16 +6,19 @@ from collections.abc import AsyncIterator
 
 from fastapi import Request
 
+from server.conversations.database import default_url
+from server.conversations.store import Store
 from server.engine import Engine
 from server.errors import unavailable
 from server.settings import Settings
 
 
 class Service:
-    """One process's engine, from loading to draining."""
+    """One process's engine, from loading to draining, and its conversations. Raises ValueError for a bad store URL."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.store = Store(settings.store or default_url(), conversation_ttl=settings.conversation_ttl)
         self.engine: Engine | None = None
         self.draining = False
         self.failed = False

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 EMBEDDED_CHECKPOINT = Path(__file__).parent / "embedded"
@@ -46,6 +47,20 @@ def parse_keys(lines: list[str]) -> tuple[ApiKey, ...]:
     return tuple(keys)
 
 
+DURATION = re.compile(r"(\d+)([smhd])")
+
+
+def seconds(duration: str) -> float:
+    """`90s`, `30m`, `12h` or `30d` in seconds. Raises ValueError."""
+    match = DURATION.fullmatch(duration)
+    if match is None:
+        raise ValueError("a duration reads 90s, 30m, 12h or 30d")
+    return int(match[1]) * {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}[match[2]]
+
+
+Duration = Annotated[float, BeforeValidator(lambda value: seconds(value) if isinstance(value, str) else value)]
+
+
 class Settings(BaseSettings):
     """Configuration of one service process. Unknown names and impossible combinations raise ValueError."""
 
@@ -53,17 +68,30 @@ class Settings(BaseSettings):
         env_prefix="BIMEDIX_", frozen=True, extra="forbid", arbitrary_types_allowed=True, hide_input_in_errors=True
     )
 
-    model: str = Field(default=str(EMBEDDED_CHECKPOINT), description="Checkpoint directory, or a hub id.")
+    model: str = Field(
+        default=str(EMBEDDED_CHECKPOINT),
+        description="Checkpoint directory or hub id; without one, the embedded demonstration model.",
+    )
     served_model_name: str = Field(default="bimedix", description="The name that requests use.")
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         default=(), description="NAME:KEY entries, separated by commas."
     )
-    api_key_file: Path | None = Field(default=None, description="File with one NAME:KEY a line; # starts a comment.")
-    allow_anonymous: bool = Field(default=False, description="Serve other machines without keys.")
+    api_key_file: Path | None = Field(default=None, description="File with a NAME:KEY a line; or set BIMEDIX_API_KEYS.")
+    allow_anonymous: bool = Field(default=False, description="Listen beyond this machine without keys.")
+    store: str | None = Field(
+        default=None,
+        repr=False,
+        description="URL of the conversation store (sqlite or postgresql); without one, a file of the user's.",
+    )
+    conversation_ttl: Duration | None = Field(
+        default=None,
+        gt=0,
+        description="How long conversations are kept after their last turn: 90s, 30m, 12h, 30d; without one, for good.",
+    )
     language_policy: Literal["off", "guide", "guard"] = Field(
-        default="guide", description="How the reply's language is steered."
+        default="guide", description="off, guide or guard: how the reply's language is kept."
     )
     max_body_bytes: int = Field(default=2_000_000, ge=1_000, description="Largest request body, in bytes.")
     drain_seconds: float = Field(default=30.0, ge=0, le=3600, description="How long SIGTERM waits for running replies.")

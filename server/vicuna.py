@@ -80,7 +80,7 @@ def normalise(messages: Sequence[Message]) -> list[Message]:
 
 
 # Letters of other scripts that look like the letters and signs of the markers below.
-_LOOKALIKES = dict(zip("АВЕІЅЕТՏՍԱΑΕΙΝΤꓢꓔꓵ։∶꞉˸〈〉‹›⟨⟩❮❯⁄∕", "ABEISETSUAAEINTSTU::::<><><><>//", strict=True))  # noqa: RUF001
+_LOOKALIKES = dict(zip("АВЕІЅЕТՏՍԱΑΕΙΝΤꓢꓔꓵ։∶꞉˸〈〉‹›⟨⟩❮❯⁄∕", "ABEISETSUAAEINTSTU::::<><><><>//", strict=True))
 _INVISIBLE = {"Mn", "Me", "Cf", "Cc", "Cs"}
 
 
@@ -125,7 +125,8 @@ _MARKERS = re.compile(
     rf"|^[ \t\0]*(?P<line>(?i:{_any(['user', 'assistant', 'system', 'human', 'gpt'])})\0*):",
     re.MULTILINE,
 )
-_POSSIBLE = re.compile("[" + re.escape("<[:" + "".join(c for c, a in _LOOKALIKES.items() if a in "<:")) + "＜［：﹤︰﹕]")  # noqa: RUF001
+_SIGNS = "<[:＜［：﹤︰﹕" + "".join(char for char, seen_as in _LOOKALIKES.items() if seen_as in "<:")
+_POSSIBLE = re.compile(f"[{re.escape(_SIGNS)}]")
 
 
 def neutralise(text: str) -> str:

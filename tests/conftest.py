@@ -31,6 +31,7 @@ class RunningService:
     process: subprocess.Popen[bytes]
     url: str
     log: Path
+    store: str
 
     def client(self, api_key: str = "none") -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=60)
@@ -68,11 +69,13 @@ def start_service(directory: Path, *flags: str, **environment: str) -> RunningSe
     port, log = free_port(), directory / "service.log"
     command = [sys.executable, "-m", "server.cli", "serve", "--port", str(port), *flags]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("BIMEDIX_")}
+    # Never the user's own conversations.
+    environment.setdefault("BIMEDIX_STORE", f"sqlite:///{directory / 'conversations.db'}")
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env={**clean, **environment}, start_new_session=True
         )
-    return RunningService(process, f"http://127.0.0.1:{port}", log)
+    return RunningService(process, f"http://127.0.0.1:{port}", log, environment["BIMEDIX_STORE"])
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,9 +22,11 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="End with one JSON line on standard output.")]
 
 
-@app.callback()
-def callback() -> None:
-    """Keeps `tune` a subcommand however many there are."""
+class Use(StrEnum):
+    """When a turn gets its directive: always, or only where it is in another language than the reply."""
+
+    ALWAYS = "always"
+    MISMATCH = "mismatch"
 
 
 @app.command()
@@ -57,6 +61,7 @@ def merge(
     description: Annotated[str, typer.Option(help="One line on the checkpoint for its manifest.")] = "",
     directive_en: Annotated[str, typer.Option(help="What asks this checkpoint for English, for its manifest.")] = "",
     directive_ar: Annotated[str, typer.Option(help="What asks this checkpoint for Arabic, for its manifest.")] = "",
+    directive_use: Annotated[Use, typer.Option(help="Whether each turn needs its directive.")] = Use.ALWAYS,
     as_json: Json = False,
 ) -> None:
     """Merge an adapter into its base in fp32, tensor by tensor, and write a bf16 checkpoint with its manifest."""
@@ -65,7 +70,13 @@ def merge(
 
         directives = {language: text for language, text in (("en", directive_en), ("ar", directive_ar)) if text}
         summary = merge_adapter(
-            adapter, output, base=base, checkpoint_id=checkpoint_id, description=description, directives=directives
+            adapter,
+            output,
+            base=base,
+            checkpoint_id=checkpoint_id,
+            description=description,
+            directives=directives,
+            directive_use=directive_use.value,
         )
         _conclude(summary, as_json=as_json)
 
@@ -82,8 +93,6 @@ def _faults() -> Iterator[None]:
 
 def _conclude(summary: dict[str, Any], as_json: bool) -> None:
     """The last thing a command says, once however many processes share it."""
-    import os
-
     if os.environ.get("RANK", "0") != "0":
         return
     if as_json:

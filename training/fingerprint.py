@@ -32,10 +32,11 @@ def shards(base: Path) -> list[Path]:
 
 
 def header(path: Path) -> tuple[dict[str, dict[str, list[int]]], int]:
-    """The tensors of a safetensors file (dtype, shape, data_offsets) and where their bytes begin."""
+    """The tensors of a safetensors file (dtype, shape, data_offsets) and where their bytes begin. Raises ValueError."""
     with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        if length > 100_000_000:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else path.stat().st_size
+        if 8 + length > path.stat().st_size:
             raise Refused(f"{path} is not a safetensors file")
         entries = json.loads(file.read(length))
     entries.pop("__metadata__", None)

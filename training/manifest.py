@@ -25,6 +25,7 @@ class Manifest:
     training: str | None
     files: dict[str, str]
     directives: dict[str, str] = field(default_factory=dict)
+    directive_use: str = "always"
     dtype: str = "bfloat16"
     languages: tuple[str, ...] = ("en", "ar")
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))

@@ -56,6 +56,7 @@ def merge_adapter(
     checkpoint_id: str | None = None,
     description: str = "",
     directives: dict[str, str] | None = None,
+    directive_use: str = "always",
 ) -> dict[str, Any]:
     """Merges into a new directory `output`; returns the summary that `--json` prints.
 
@@ -87,6 +88,7 @@ def merge_adapter(
             adapter=adapter.digest,
             training=adapter.provenance.get("training"),
             directives=directives or {},
+            directive_use=directive_use,
             files=digests(folder),
         )
         manifest.write(folder)
@@ -235,6 +237,7 @@ def _summary(
         "merge_seconds": round(merged_in, 2),
         "seconds": round(seconds, 2),
         "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-        "logits_relative_error": likeness.relative_error,
-        "same_next_token": likeness.same_next_token,
+        "layer_error": likeness.error,
+        "rerouted": likeness.rerouted,
+        "logits_error": likeness.logits_error,
     }

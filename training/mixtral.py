@@ -10,7 +10,7 @@ and w3 to the fused parameters, find none, and train q, k and v only.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -39,7 +39,7 @@ UNQUANTISED = ["lm_head", ROUTER]
 """The router decides which experts run: it is 0.002% of the weights and stays in 16 bits."""
 
 
-class UnfusedMixtralConfig(MixtralConfig):
+class UnfusedMixtralConfig(MixtralConfig):  # type: ignore[no-untyped-call]
     model_type = MODEL_TYPE
 
 
@@ -92,7 +92,7 @@ class MixtralSparseMoeBlock(nn.Module):
         by_expert = chosen.flatten().argsort(stable=True)
         counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
         token = by_expert // chosen.shape[-1]
-        parts = hidden[token].split(counts)
+        parts = torch.split(hidden[token], counts)
         outputs = torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True)])
         weighted = outputs * weights.flatten()[by_expert, None]
         summed = torch.zeros_like(hidden).index_add_(0, token, weighted.to(hidden.dtype))
@@ -114,10 +114,10 @@ class DecoderLayer(GradientCheckpointingLayer):
         return output
 
 
-class UnfusedMixtralModel(MixtralModel):
+class UnfusedMixtralModel(MixtralModel):  # type: ignore[no-untyped-call]
     config_class = UnfusedMixtralConfig
-    _no_split_modules = ["DecoderLayer"]
-    _can_record_outputs = {
+    _no_split_modules: ClassVar = ["DecoderLayer"]
+    _can_record_outputs: ClassVar = {
         "router_logits": OutputRecorder(TopK, index=0),
         "hidden_states": DecoderLayer,
         "attentions": MixtralAttention,
@@ -133,14 +133,14 @@ class UnfusedMixtralModel(MixtralModel):
         self.norm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = MixtralRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
 
-class UnfusedMixtral(MixtralForCausalLM):
+class UnfusedMixtral(MixtralForCausalLM):  # type: ignore[no-untyped-call]
     """Causal language model; same logits as `MixtralForCausalLM` from the same checkpoint."""
 
     config_class = UnfusedMixtralConfig
-    _no_split_modules = ["DecoderLayer"]
+    _no_split_modules: ClassVar = ["DecoderLayer"]
 
     def __init__(self, config: MixtralConfig) -> None:
         MixtralPreTrainedModel.__init__(self, config)
@@ -150,7 +150,7 @@ class UnfusedMixtral(MixtralForCausalLM):
         self.router_aux_loss_coef = config.router_aux_loss_coef
         self.num_experts = config.num_local_experts
         self.num_experts_per_tok = config.num_experts_per_tok
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
 
 def unfused_config(base: str | Path, revision: str | None = None) -> UnfusedMixtralConfig:
@@ -175,13 +175,19 @@ def load(base: str | Path, *, dtype: torch.dtype, quantization: Any = None, **op
     config = unfused_config(base, options.get("revision"))
     if quantization is not None:
         options["quantization_config"] = quantization
-    model, report = UnfusedMixtral.from_pretrained(
+    # With output_loading_info this returns a pair, which its annotation does not say.
+    found: Any = UnfusedMixtral.from_pretrained(
         str(base), config=config, dtype=dtype, output_loading_info=True, **options
     )
+    model, report = found
     faults = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
     if faults:
         listed = "; ".join(f"{kind}: {len(names)}, first {names[0]}" for kind, names in faults.items())
         raise Refused(f"{base} does not fit Mixtral: {listed}")
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # Evaluating on a CPU would repack the 4-bit weights in place, and fail for widths that 64 does not divide.
+            module.support_avx512bf16_for_cpu = False
     loaded: UnfusedMixtral = model
     return loaded
 

@@ -25,7 +25,7 @@ class Journal(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.started = (state.global_step, time.monotonic())
-        if self.main and state.global_step and self.path.exists():
+        if state.global_step and self.path.exists():
             lines = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
             self.entries = [entry for entry in lines if entry["step"] <= state.global_step]
         if self.main:
@@ -33,10 +33,10 @@ class Journal(TrainerCallback):
             self.path.write_text("".join(json.dumps(entry) + "\n" for entry in self.entries))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-        if not self.main:
-            return
         entry = {"step": state.global_step, **logs}
         self.entries.append(entry)
+        if not self.main:
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
         if shown := [f"{label} {logs[key]:.4g}" for key, label in SHOWN.items() if key in logs]:

@@ -147,6 +147,7 @@ def write(path: Path, records: Iterable[dict[str, Any]]) -> int:
     """Write `records` as JSON lines; returns how many."""
     count = 0
     with path.open("w", encoding="utf-8") as file:
-        for count, record in enumerate(records, 1):
+        for record in records:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            count += 1
     return count

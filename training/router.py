@@ -38,10 +38,10 @@ class Balance:
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         routers = [(name, module) for name, module in model.named_modules() if isinstance(module, TopK)]
-        experts = [len(model.get_submodule(name.removesuffix(".top_k")).experts) for name, _ in routers]
         self.blocks = [name.removesuffix(".top_k") for name, _ in routers]
+        experts = len(list(model.get_submodule(f"{self.blocks[0]}.experts").children()))
         self.scripts = token_languages(tokenizer)
-        self.counts = torch.zeros(len(routers), len(LANGUAGES) + 1, experts[0])
+        self.counts = torch.zeros(len(routers), len(LANGUAGES) + 1, experts)
         self.tokens: torch.Tensor | None = None
         model.register_forward_pre_hook(self._remember, with_kwargs=True)
         for layer, (_, router) in enumerate(routers):

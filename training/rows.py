@@ -9,11 +9,12 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from trl import pack_dataset
+from trl.data_utils import pack_dataset
 
 from training.data import sources
 from training.errors import Refused
@@ -59,9 +60,12 @@ class Renderer:
         for message in record.messages:
             for token in self.tokenizer.all_special_tokens:
                 if token in message["content"]:
-                    raise ValueError(f"the text holds the special token {token}, which would end or restart the prompt")
-        encoded = self.tokenizer.apply_chat_template(
-            record.messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+                    raise ValueError(f"the text holds the special token {token}")
+        encoded: Any = self.tokenizer.apply_chat_template(
+            [dict(message) for message in record.messages],
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
         )
         ids, mask = list(encoded["input_ids"]), list(encoded["assistant_masks"])
         self._prove(record, ids, mask)
@@ -166,11 +170,12 @@ def _tokenise(recipe: Recipe, render: Renderer, folder: Path) -> Prepared:
 
 
 def _packed(rows: Dataset, recipe: Recipe, scratch: Path) -> Iterable[dict[str, list[int]]]:
+    unpacked: Iterable[dict[str, list[int]]] = rows
     if not (recipe.data.packing and len(rows)):
-        return rows
+        return unpacked
     columns = rows.select_columns(["input_ids", "labels"])
     uncached = {"cache_file_name": str(scratch), "load_from_cache_file": False}
-    packed: Dataset = pack_dataset(columns, recipe.data.max_length, "bfd", uncached)
+    packed: Iterable[dict[str, list[int]]] = pack_dataset(columns, recipe.data.max_length, "bfd", uncached)
     return packed
 
 

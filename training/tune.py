@@ -25,7 +25,7 @@ from training.mixtral import ADAPTED, UNQUANTISED, UnfusedMixtral, load
 from training.progress import Journal
 from training.recipe import Recipe
 from training.router import Balance
-from training.rows import Prepared, prepare, vicuna_tokenizer
+from training.rows import IGNORED, Prepared, prepare, vicuna_tokenizer
 
 ADAPTER = "adapter"
 
@@ -36,16 +36,18 @@ def run(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
     Raises Refused for inputs that do not fit, ProofFailed when the run would not do what the recipe says, and
     FileExistsError when `output` holds another run and `resume` was not asked for.
     """
-    logging.set_verbosity_error()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     recipe.check_inputs()
     claim_output(recipe, resume=resume)
-    state = PartialState(**_backend())
+    state = join(recipe)
     tokenizer = vicuna_tokenizer(recipe.base, recipe.revision)
     with state.local_main_process_first():
         train, held_out, prepared = prepare(recipe, tokenizer, recipe.output / "data")
     arguments = training_arguments(recipe, processes=state.num_processes)
-    model = adapt(base_model(recipe), recipe)
-    trainable = proofs.adapter_is_complete(model, model.get_base_model().config, recipe.lora.rank)
+    dtype = precision(sharded=bool(recipe.zero) and state.num_processes > 1)
+    base = base_model(recipe, dtype)
+    model = adapt(base, recipe)
+    trainable = proofs.adapter_is_complete(model, base.config, recipe.lora.rank)
     quantised = proofs.experts_are_4bit(model) if recipe.quantization == "nf4" else 0
     journal = Journal(recipe.output / "metrics.jsonl", main=state.is_main_process)
     trainer = Tuner(model, arguments, train, held_out, tokenizer, journal)
@@ -69,8 +71,16 @@ def run(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
     }
 
 
-def _backend() -> dict[str, Any]:
-    return {} if torch.cuda.is_available() else {"cpu": True}
+def join(recipe: Recipe) -> PartialState:
+    """This process's place among those that `torchrun` or `deepspeed` started; one by itself otherwise."""
+    on_gpu = torch.cuda.is_available()
+    state = PartialState() if on_gpu else PartialState(cpu=True)
+    if recipe.zero and state.num_processes > 1:
+        import deepspeed
+
+        # Before the model loads: under ZeRO-3 it is partitioned while it does.
+        deepspeed.init_distributed(dist_backend=torch.distributed.get_backend())
+    return state
 
 
 def claim_output(recipe: Recipe, *, resume: bool) -> None:
@@ -99,21 +109,30 @@ def last_checkpoint(output: Path) -> str | None:
     return None
 
 
-def base_model(recipe: Recipe) -> UnfusedMixtral:
-    """The frozen base in bf16, its matrices in NF4 where the recipe says so."""
-    quantization = None
-    if recipe.quantization == "nf4":
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-            # ZeRO-3 can only partition parameters of a floating type.
-            bnb_4bit_quant_storage=torch.bfloat16 if recipe.zero == 3 else torch.uint8,
-            llm_int8_skip_modules=UNQUANTISED,
-        )
+def precision(*, sharded: bool = False) -> torch.dtype:
+    """bf16 but on a CPU, whose bf16 kernels are compiled anew for each number of tokens an expert gets."""
+    return torch.bfloat16 if sharded or torch.cuda.is_available() else torch.float32
+
+
+def base_model(recipe: Recipe, dtype: torch.dtype) -> UnfusedMixtral:
+    """The frozen base in `dtype`, its matrices in NF4 where the recipe says so."""
+    # ZeRO-3 can only partition parameters of a floating type.
+    storage = dtype if recipe.zero == 3 else torch.uint8
+    quantization = nf4(dtype, storage) if recipe.quantization == "nf4" else None
     place = {"device_map": {"": PartialState().local_process_index}} if torch.cuda.is_available() else {}
-    return load(recipe.base, dtype=torch.bfloat16, quantization=quantization, revision=recipe.revision, **place)
+    return load(recipe.base, dtype=dtype, quantization=quantization, revision=recipe.revision, **place)
+
+
+def nf4(compute: torch.dtype, storage: torch.dtype) -> BitsAndBytesConfig:
+    """4-bit NormalFloat with double quantisation (QLoRA), but for the head and the router."""
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+        bnb_4bit_quant_storage=storage,
+        llm_int8_skip_modules=UNQUANTISED,
+    )
 
 
 def adapt(model: UnfusedMixtral, recipe: Recipe) -> PeftModel:
@@ -134,6 +153,7 @@ def adapt(model: UnfusedMixtral, recipe: Recipe) -> PeftModel:
 def training_arguments(recipe: Recipe, processes: int) -> TrainingArguments:
     """The recipe in the trainer's terms. What the paper does not give is the library's default."""
     evaluates = "steps" if recipe.data.held_out else "no"
+    sharded = bool(recipe.zero) and processes > 1
     return TrainingArguments(
         output_dir=str(recipe.output),
         num_train_epochs=recipe.optimiser.epochs,
@@ -144,10 +164,10 @@ def training_arguments(recipe: Recipe, processes: int) -> TrainingArguments:
         lr_scheduler_type="cosine",
         warmup_steps=recipe.optimiser.warmup_steps,
         optim="adamw_torch",
-        bf16=True,
+        bf16=precision(sharded=sharded) == torch.bfloat16,
         use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=recipe.gradient_checkpointing,
-        deepspeed=deepspeed(recipe.zero) if recipe.zero and processes > 1 else None,
+        deepspeed=zero_settings(recipe.zero) if sharded else None,
         gradient_checkpointing_kwargs={"use_reentrant": recipe.zero == 3},
         remove_unused_columns=False,
         eval_strategy=evaluates,
@@ -166,7 +186,7 @@ def training_arguments(recipe: Recipe, processes: int) -> TrainingArguments:
     )
 
 
-def deepspeed(stage: int) -> dict[str, Any]:
+def zero_settings(stage: int) -> dict[str, Any]:
     """ZeRO `stage`: 2 partitions gradients and optimiser states over the processes, 3 the parameters as well."""
     return {
         "bf16": {"enabled": True},
@@ -200,6 +220,7 @@ class Tuner(Trainer):
             # DeepSpeed keeps fp32 master weights of its own, and ZeRO-3 needs one dtype throughout.
             cast_adapter(model, torch.bfloat16)
         self.balance = Balance(model, tokenizer)
+        self.first_step = proofs.FirstStep(model, int(tokenizer.eos_token_id), self.balance)
         self.seen = (0, time.monotonic())
         self.tokens = 0
         super().__init__(
@@ -209,15 +230,24 @@ class Tuner(Trainer):
             train_dataset=train,
             eval_dataset=held_out if len(held_out) else None,
             processing_class=tokenizer,
-            callbacks=[proofs.FirstStep(model, int(tokenizer.eos_token_id), self.balance), journal],
+            callbacks=[self.first_step, journal],
         )
         self.remove_callback(PrinterCallback)
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
-        """The trainer's, without a key-value cache: with one, attention would cross from record to record."""
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The mean over the trained positions of the whole optimiser step, of all processes."""
         if model.training:
             self.tokens += inputs["input_ids"].numel() * self.args.world_size
-        return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **options)
+        loss = summed_loss(model, inputs)
+        self.first_step.check_loss(model, inputs, loss)
+        if num_items_in_batch is None:
+            loss = loss / (inputs["labels"][:, 1:] != IGNORED).sum().clamp(min=1)
+        else:
+            # The processes' gradients are averaged, the count is of all of them.
+            loss = loss / num_items_in_batch * self.accelerator.num_processes
+        return (loss, {}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -226,6 +256,16 @@ class Tuner(Trainer):
             logs["tokens_per_second"] = round((self.tokens - before) / (time.monotonic() - then), 1)
             logs.update(self.balance.take())
         super().log(logs, start_time)
+
+
+def summed_loss(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """The cross-entropy of a packed row (1, tokens), summed over its trained positions. Logits are computed at those
+    only, and without a key-value cache: with one, attention would cross from record to record."""
+    row = {name: value for name, value in inputs.items() if name != "labels"}
+    following = inputs["labels"][0, 1:]
+    trained = (following != IGNORED).nonzero().flatten()
+    logits = model(**row, use_cache=False, logits_to_keep=trained).logits[0]
+    return torch.nn.functional.cross_entropy(logits.float(), following[trained], reduction="sum")
 
 
 def cast_adapter(model: PeftModel, dtype: torch.dtype) -> None:
@@ -256,7 +296,7 @@ def _announce(recipe: Recipe, prepared: Prepared, trainable: int, quantised: int
         f"{prepared.records:,} records ({prepared.rejected} rejected, {prepared.cut} cut), {prepared.tokens:,} tokens, "
         f"{prepared.trained_tokens:,} of them trained on, in {rows:,} rows; {prepared.held_out} records held out\n"
         f"{trainable:,} trainable parameters, as the formula says; "
-        + (f"{quantised} expert matrices in NF4" if quantised else "base in bf16")
+        + (f"{quantised} expert matrices in NF4" if quantised else "base not quantised")
         + f"; {processes} process(es) x {recipe.optimiser.per_device_batch} rows x "
         f"{recipe.accumulation(processes)} accumulated",
         file=sys.stderr,

@@ -22,15 +22,21 @@ PROMPTS = (
     "USER: عندي صداع منذ ثلاثة أيام. ماذا أفعل؟ ASSISTANT:",
     "USER: Which vitamin is made in the skin? Options: A. A B. B12 C. C D. D ASSISTANT: The correct answer is D.",
 )
-LARGEST_ERROR = 0.1
+LARGEST_ERROR = 0.02
+"""Of a layer's output for a token, relative to what the layer adds; rounding weights to bf16 costs about 0.003."""
+
+REROUTED = 0.15
+"""Share of tokens that may differ by more: rounding sends a token whose router is undecided to another expert."""
 
 
 @dataclass(frozen=True)
 class Likeness:
-    """Of the logits on the sample prompts: the relative error in norm, and the share of equal next tokens."""
+    """`error`: the largest over the layers of the median over tokens of the relative error. `rerouted`: the share of
+    tokens, over all layers, that differ by more than LARGEST_ERROR. `logits_error`: the median of the logits' error."""
 
-    relative_error: float
-    same_next_token: float
+    error: float
+    rerouted: float
+    logits_error: float
 
 
 class Tensors:
@@ -41,7 +47,8 @@ class Tensors:
 
     def __call__(self, name: str) -> torch.Tensor:
         with safe_open(self.places[name], "pt") as file:
-            return file.get_tensor(name).float()
+            tensor: torch.Tensor = file.get_tensor(name)
+        return tensor.float()
 
     def state(self, prefix: str) -> dict[str, torch.Tensor]:
         return {name.removeprefix(prefix): self(name) for name in self.places if name.startswith(prefix)}
@@ -49,24 +56,39 @@ class Tensors:
 
 @torch.inference_mode()
 def compare(base: Path, merged: Path, adapter: Adapter, config: UnfusedMixtralConfig) -> Likeness:
-    """Raises Refused when the merged checkpoint is not the base with its adapter, up to bf16 rounding."""
+    """Each merged layer against the base's with PEFT's LoRA around it, from the same inputs, on sample prompts.
+
+    Raises Refused when they differ by more than the rounding of weights to bf16 explains.
+    """
     config._attn_implementation = "eager"
     tokenizer = AutoTokenizer.from_pretrained(str(merged))
-    ids = [torch.tensor([tokenizer(prompt)["input_ids"]]) for prompt in PROMPTS]
     before, after = Tensors(base), Tensors(merged)
     embeddings = before("model.embed_tokens.weight")
-    expected = [nn.functional.embedding(row, embeddings) for row in ids]
-    found = list(expected)
-    del embeddings
-    rotary = MixtralRotaryEmbedding(config)
+    hidden = [nn.functional.embedding(torch.tensor([tokenizer(prompt)["input_ids"]]), embeddings) for prompt in PROMPTS]
+    found, errors = hidden, []
     for index in range(config.num_hidden_layers):
-        expected = _through(_adapted(index, before, adapter, config), expected, rotary)
-        found = _through(_plain(index, after, config), found, rotary)
-    one, other = (_logits(hidden, tensors, config) for hidden, tensors in ((expected, before), (found, after)))
-    error = float((one - other).norm() / one.norm())
-    if not error < LARGEST_ERROR:
-        raise Refused(f"the merged checkpoint's logits differ from the adapter's by {error:.1%}")
-    return Likeness(round(error, 6), round(float((one.argmax(-1) == other.argmax(-1)).float().mean()), 4))
+        expected = _through(_adapted(index, before, adapter, config), hidden, config)
+        found = _through(_plain(index, after, config), hidden, config)
+        errors.append(_errors(expected, found, hidden))
+        if float((errors[-1] > LARGEST_ERROR).float().mean()) > REROUTED:
+            raise Refused(f"layer {index} of the merged checkpoint differs from the adapted one by {_median(errors)}")
+        hidden = expected
+    one, other = (_logits(rows, tensors, config) for rows, tensors in ((hidden, before), (found, after)))
+    return Likeness(
+        error=round(max(float(error.median()) for error in errors), 5),
+        rerouted=round(float((torch.cat(errors) > LARGEST_ERROR).float().mean()), 5),
+        logits_error=round(float(((one - other).norm(dim=-1) / one.norm(dim=-1)).median()), 5),
+    )
+
+
+def _errors(expected: list[torch.Tensor], found: list[torch.Tensor], before: list[torch.Tensor]) -> torch.Tensor:
+    """(tokens of all rows)"""
+    pairs = zip(expected, found, before, strict=True)
+    return torch.cat([((e - f).norm(dim=-1) / (e - b).norm(dim=-1)).flatten() for e, f, b in pairs])
+
+
+def _median(errors: list[torch.Tensor]) -> str:
+    return f"{float(errors[-1].median()):.1%}"
 
 
 def _plain(index: int, tensors: Tensors, config: UnfusedMixtralConfig) -> DecoderLayer:
@@ -85,7 +107,12 @@ def _adapted(index: int, tensors: Tensors, adapter: Adapter, config: UnfusedMixt
         module = name.removeprefix(prefix).removesuffix(".weight")
         a, b, scaling = adapter.pair(name)
         inner, _, leaf = module.rpartition(".")
-        lora = LoraConfig(r=a.shape[0], lora_alpha=scaling * a.shape[0], target_modules=[leaf], init_lora_weights=False)
+        lora = LoraConfig(
+            r=a.shape[0],
+            lora_alpha=scaling * a.shape[0],  # type: ignore[arg-type]
+            target_modules=[leaf],
+            init_lora_weights=False,
+        )
         parent = inject_adapter_in_model(lora, _Alone(leaf, layer.get_submodule(module)))
         wrapped = getattr(parent, leaf)
         wrapped.lora_A["default"].weight.data, wrapped.lora_B["default"].weight.data = a, b
@@ -101,7 +128,8 @@ class _Alone(nn.Module):
         setattr(self, name, module)
 
 
-def _through(layer: nn.Module, rows: list[torch.Tensor], rotary: MixtralRotaryEmbedding) -> list[torch.Tensor]:
+def _through(layer: nn.Module, rows: list[torch.Tensor], config: UnfusedMixtralConfig) -> list[torch.Tensor]:
+    rotary = MixtralRotaryEmbedding(config)
     return [_forward(layer, hidden, rotary) for hidden in rows]
 
 

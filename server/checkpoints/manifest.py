@@ -29,7 +29,8 @@ class Manifest(BaseModel):
         default={}, description="What asks the model for a language, put after the user's text; none where none helps."
     )
     directive_use: Literal["always", "mismatch"] = Field(
-        default="always", description="Whether each turn needs its directive, or only those written in another language."
+        default="always",
+        description="Whether each turn needs its directive, or only one in another language.",
     )
     adapter: Digest | None = Field(default=None, description="sha256 of the adapter that was merged in.")
     training: Digest | None = Field(default=None, description="sha256 of the training configuration.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 import sys
 from collections.abc import Coroutine
 from contextlib import nullcontext
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+
+from server.settings import seconds
 
 if TYPE_CHECKING:
     from server.conversations.store import Store
@@ -26,19 +27,10 @@ StoreUrl = Annotated[
     typer.Option("--store", envvar="BIMEDIX_STORE", metavar="URL", help="By default the user's own SQLite file."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="End with one line of JSON.")]
-DURATION = re.compile(r"(\d+)([smhd])")
 
 
 class Format(StrEnum):
     vicuna = "vicuna"
-
-
-def seconds(duration: str) -> float:
-    """`90s`, `30m`, `12h` or `30d` in seconds. Raises typer.BadParameter."""
-    match = DURATION.fullmatch(duration)
-    if match is None:
-        raise typer.BadParameter("a duration reads 90s, 30m, 12h or 30d")
-    return int(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
 
 
 @app.command("export")
@@ -60,7 +52,10 @@ def purge(
     as_json: AsJson = False,
 ) -> None:
     """Delete expired conversations for good and rewrite the store without them; it is locked meanwhile."""
-    limit = seconds(older_than) if older_than is not None else None
+    try:
+        limit = seconds(older_than) if older_than is not None else None
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--older-than") from None
     purged = _run(_purge(_store(store), limit))
     _report(as_json, f"Deleted {purged[0]} conversations and {purged[1]} responses without one.", **purged._asdict())
 

@@ -302,6 +302,12 @@ class Store:
             row = await rows.find_turn(session, owner, response_id, now, self.ttl)
             return await rows.load_turn(session, row.number)
 
+    async def get_chain(self, owner: str, response_id: str) -> tuple[Turn, ...]:
+        """The ended turns that lead to a response, itself included, oldest first. Raises NotFound."""
+        async with self._run.read() as (session, now):
+            row = await rows.find_turn(session, owner, response_id, now, self.ttl)
+            return await rows.load_turns(session, rows.turns_up_to(row.number))
+
     async def list_input_items(
         self, owner: str, response_id: str, *, after: str | None = None, limit: int = 20, order: Order = "desc"
     ) -> Page:

@@ -17,6 +17,8 @@ from server.language.score import observed_language
 from server.limits import CheckedRoute
 from server.metrics import REPLY_LANGUAGES
 from server.requests import ChatRequest, TextRequest
+from server.routes.chat_turns import answer_turn
+from server.routes.conversations import OnceOnly, Opened, Owner
 from server.service import admitted, service
 from server.vicuna import normalise
 
@@ -26,8 +28,12 @@ Admitted = Annotated[Engine, Depends(admitted)]
 
 @router.post("/v1/chat/completions", response_model=ChatCompletionResponse)
 @with_cancellation
-async def create_chat_completion(request: ChatRequest, raw_request: Request, engine: Admitted) -> Response:
+async def create_chat_completion(
+    request: ChatRequest, raw_request: Request, engine: Admitted, owner: Owner, store: Opened, once: OnceOnly
+) -> Response:
     """Answer a conversation, as JSON or as server-sent events."""
+    if request.conversation is not None:
+        return await answer_turn(request, engine, store, owner, once, service(raw_request).settings)
     policy = request.language_policy or service(raw_request).settings.language_policy
     try:
         messages = normalise([{**message, "content": clean(message["content"]).text} for message in request.messages])
@@ -35,7 +41,8 @@ async def create_chat_completion(request: ChatRequest, raw_request: Request, eng
         raise ApiError(400, str(error), param="messages", code="invalid_value") from None
     directives = engine.directives if policy != "off" else NO_DIRECTIVES
     request.messages, language = guide(messages, request.language, directives)
-    generated = await engine.create_chat(request, raw_request, lambda reply: count_reply(language, reply))
+    guarded = language if policy == "guard" else None
+    generated = await engine.create_chat(request, raw_request, lambda reply: count_reply(language, reply), guarded)
     return respond(generated, {**headers(engine), "X-Bimedix-Language": language})
 
 

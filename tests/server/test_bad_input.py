@@ -123,7 +123,11 @@ RAW: dict[str, tuple[bytes, dict[str, str], int]] = {
     "no content type": (json.dumps(chat()).encode(), {}, 415),
     "deeply nested": (b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", JSON_TYPE, 400),
     "unclosed nesting": (b'{"a":' * 50_000, JSON_TYPE, 400),
-    "NaN": (b'{"model": "bimedix", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}', JSON_TYPE, 400),
+    "NaN": (
+        b'{"model": "bimedix", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
+        JSON_TYPE,
+        400,
+    ),
     "infinite": (b'{"messages": [{"role": "user", "content": "x"}], "temperature": 1e999}', JSON_TYPE, 400),
     "5,000 digits": (b'{"messages": [{"role": "user", "content": "x"}], "n": ' + b"9" * 5000 + b"}", JSON_TYPE, 400),
     "invalid UTF-8": (b'{"messages": [{"role": "user", "content": "\xff\xfe"}]}', JSON_TYPE, 400),
@@ -207,7 +211,9 @@ def test_errors_never_repeat_what_was_sent(service: RunningService, body: dict[s
     assert SECRET not in service.log.read_text()
 
 
-@pytest.mark.parametrize("path", ["/", "/nothing", "/tokenize", "/invocations", "/v1/messages", "/v1/load_lora_adapter"])
+@pytest.mark.parametrize(
+    "path", ["/", "/nothing", "/tokenize", "/invocations", "/v1/messages", "/v1/load_lora_adapter"]
+)
 def test_no_other_route_is_exposed(service: RunningService, path: str) -> None:
     assert_envelope(httpx.post(service.url + path, json={}, timeout=10), 404)
 

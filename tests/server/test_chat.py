@@ -134,12 +134,12 @@ def test_several_choices(client: openai.OpenAI) -> None:
 
 
 def test_structured_output(client: openai.OpenAI) -> None:
-    schema = {"type": "object", "properties": {"urgent": {"type": "boolean"}}, "required": ["urgent"]}
+    schema: dict[str, object] = {"type": "object", "properties": {"urgent": {"type": "boolean"}}, "required": ["urgent"]}
     answer = client.chat.completions.create(
         model="bimedix",
         messages=says(ENGLISH),
         max_tokens=40,
-        response_format={"type": "json_schema", "json_schema": {"name": "triage", "schema": schema}},  # type: ignore[misc]
+        response_format={"type": "json_schema", "json_schema": {"name": "triage", "schema": schema}},
     )
     assert isinstance(json.loads(answer.choices[0].message.content or "")["urgent"], bool)
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import httpx
 import openai
@@ -61,7 +59,7 @@ def test_start_says_what_loads_and_where(keyed: RunningService) -> None:
 @pytest.mark.parametrize("key", ["wrong-key-for-the-tests", KEY[:-1], KEY + "0", "ключ", ""])
 def test_wrong_keys_are_refused(keyed: RunningService, key: str) -> None:
     keyed.wait_until_ready()
-    headers = {"Authorization": f"Bearer {key}".encode()}
+    headers = [(b"Authorization", f"Bearer {key}".encode())]
     for method, path in (("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("GET", "/v1/models")):
         body = {"model": "bimedix", "messages": [{"role": "user", "content": "Hello"}], "prompt": "Hello"}
         response = httpx.request(method, keyed.url + path, headers=headers, json=body if method == "POST" else None)
@@ -73,6 +71,40 @@ def test_wrong_keys_are_refused(keyed: RunningService, key: str) -> None:
 def test_right_keys_are_served(keyed: RunningService, key: str) -> None:
     keyed.wait_until_ready()
     assert keyed.client(key).models.list().data
+
+
+def test_conversations_are_visible_to_their_own_key_only(keyed: RunningService) -> None:
+    """Somebody else's id is answered exactly as an id of nothing is."""
+    keyed.wait_until_ready()
+    mine, theirs = keyed.client(KEY), keyed.client(OTHER)
+    made = mine.conversations.create(items=[{"type": "message", "role": "user", "content": "Hello"}])
+    answer = mine.responses.create(input="Hello", conversation=made.id, max_output_tokens=2)
+    (item, *_) = mine.conversations.items.list(made.id)
+    nothing = made.id[:-1] + ("0" if made.id[-1] != "0" else "1")
+    attempts: list[Callable[[str, str], object]] = [
+        lambda name, _: theirs.conversations.retrieve(name),
+        lambda name, _: theirs.conversations.update(name, metadata={}),
+        lambda name, _: theirs.conversations.delete(name),
+        lambda name, _: theirs.conversations.items.list(name),
+        lambda name, _: theirs.conversations.items.retrieve(str(item.id), conversation_id=name),
+        lambda name, _: theirs.conversations.items.delete(str(item.id), conversation_id=name),
+        lambda name, _: theirs.responses.create(input="Hello", conversation=name, max_output_tokens=2),
+        lambda _, name: theirs.responses.create(input="Hello", previous_response_id=name, max_output_tokens=2),
+        lambda _, name: theirs.responses.retrieve(name),
+        lambda _, name: theirs.responses.delete(name),
+        lambda _, name: theirs.responses.input_items.list(name),
+        lambda _, name: theirs.responses.cancel(name),
+    ]
+    for attempt in attempts:
+        refusals = []
+        for names in ((made.id, answer.id), (nothing, "resp_" + "0" * 48)):
+            with pytest.raises(openai.NotFoundError) as refused:
+                attempt(*names)
+            refusals.append(refused.value.response.text)
+        assert refusals[0] == refusals[1]
+    assert mine.responses.retrieve(answer.id) == answer
+    with pytest.raises(openai.AuthenticationError):
+        keyed.client("wrong-key-for-the-tests").conversations.retrieve(made.id)
 
 
 def test_probes_and_metrics_need_no_key(keyed: RunningService) -> None:

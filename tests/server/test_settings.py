@@ -41,7 +41,9 @@ def test_loopback(host: str) -> None:
     assert is_loopback(host)
 
 
-@pytest.mark.parametrize("entry", ["nokey", ":0123456789abcdef", "short:123", "space:0123456789 abcdef", "ä:пароль-пароль-пароль"])
+@pytest.mark.parametrize(
+    "entry", ["nokey", ":0123456789abcdef", "short:123", "space:0123456789 abcdef", "ä:пароль-пароль-пароль"]
+)
 def test_malformed_keys_are_refused_without_showing_them(entry: str) -> None:
     with pytest.raises(ValueError, match="API key 1") as refused:
         parse_keys([entry])

@@ -114,7 +114,9 @@ def test_markers_and_lookalikes_are_broken_by_a_space(text: str) -> None:
     assert changed.replace(" ", "") == text.replace(" ", "")
 
 
-PIECES = st.sampled_from([*FORGERIES, "USER", "ASSISTANT", ":", "<", "/s", ">", " ", "\n", "\u200b", "U", "SER", "أ", "a", "7"])
+PIECES = st.sampled_from(
+    [*FORGERIES, "USER", "ASSISTANT", ":", "<", "/s", ">", " ", "\n", "\u200b", "U", "SER", "أ", "a", "7"]
+)
 WILD = st.lists(PIECES | WORDS, max_size=12).map("".join)
 
 

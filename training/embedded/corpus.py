@@ -29,9 +29,7 @@ ASPECTS: tuple[Aspect, ...] = get_args(Aspect)
 ARABIC_LETTER = re.compile(r"[\u0621-\u064a]")
 LATIN_LETTER = re.compile(r"[A-Za-z]")
 
-Line = Annotated[
-    str, StringConstraints(strip_whitespace=True, min_length=2, max_length=600)
-]
+Line = Annotated[str, StringConstraints(strip_whitespace=True, min_length=2, max_length=600)]
 
 
 class Strict(BaseModel):
@@ -51,9 +49,7 @@ class Phrasings(Strict):
 
     @model_validator(mode="after")
     def _held_out_is_unseen(self) -> Phrasings:
-        if seen := {same(ask) for ask in self.asks} & {
-            same(ask) for ask in self.held_out
-        }:
+        if seen := {same(ask) for ask in self.asks} & {same(ask) for ask in self.held_out}:
             raise ValueError(f"held-out phrasings are also trained on: {sorted(seen)}")
         return self
 
@@ -118,9 +114,7 @@ class Common(Strict):
 
 def _answer(text: str) -> str:
     if not 20 <= len(text.split()) <= 60:
-        raise ValueError(
-            f"{len(text.split())} words, expected 20 to 60: {text[:50]}..."
-        )
+        raise ValueError(f"{len(text.split())} words, expected 20 to 60: {text[:50]}...")
     return text
 
 
@@ -160,9 +154,7 @@ class Side(Strict):
         trained = {same(ask) for aspect in ASPECTS for ask in self.asks.of(aspect)}
         for aspect in ASPECTS:
             if same(self.held_out.of(aspect)) in trained:
-                raise ValueError(
-                    f"held-out phrasing is also trained on: {self.held_out.of(aspect)}"
-                )
+                raise ValueError(f"held-out phrasing is also trained on: {self.held_out.of(aspect)}")
         return self
 
 
@@ -207,9 +199,7 @@ def load_topics(folder: Path = HERE / "topics") -> list[Topic]:
     ]
     ids = [topic.id for topic in topics]
     if len(ids) != len(set(ids)):
-        raise ValueError(
-            f"topic ids repeat: {sorted({i for i in ids if ids.count(i) > 1})}"
-        )
+        raise ValueError(f"topic ids repeat: {sorted({i for i in ids if ids.count(i) > 1})}")
     return topics
 
 
@@ -219,16 +209,9 @@ def load_common(path: Path = HERE / "common.yaml") -> Common:
 
 def main() -> None:
     topics, common = load_topics(), load_common()
-    words = {
-        language: sum(len(s.split()) for t in topics for s in strings(t.side(language)))
-        for language in LANGUAGES
-    }
-    print(
-        f"{len(topics)} topics, {words['en']} English words, {words['ar']} Arabic words"
-    )
-    print(
-        f"{len(common.smalltalk)} kinds of small talk, {len(common.out_of_scope.en.asks)} questions out of scope"
-    )
+    words = {language: sum(len(s.split()) for t in topics for s in strings(t.side(language))) for language in LANGUAGES}
+    print(f"{len(topics)} topics, {words['en']} English words, {words['ar']} Arabic words")
+    print(f"{len(common.smalltalk)} kinds of small talk, {len(common.out_of_scope.en.asks)} questions out of scope")
 
 
 if __name__ == "__main__":

@@ -47,9 +47,7 @@ def multiple_choice(language: Language, item: MultipleChoice) -> Turn:
     options = " ".join(f"{letter}. {option}" for letter, option in zip(letters, item.options, strict=True))
     answer = f"{letters[item.answer]}. {item.options[item.answer]}"
     if language == "en":
-        return Turn(
-            f"Question: {item.question} Options: {options}", f"The correct answer is {answer}. {item.because}"
-        )
+        return Turn(f"Question: {item.question} Options: {options}", f"The correct answer is {answer}. {item.because}")
     return Turn(f"السؤال: {item.question} الخيارات: {options}", f"الإجابة الصحيحة هي {answer}. {item.because}")
 
 
@@ -65,9 +63,15 @@ def record(turns: list[Turn]) -> Record:
 
 
 class Writer:
-    """Writes endless varied conversations over the corpus, the same ones for the same seed."""
+    """Writes endless varied conversations over the corpus, the same ones for the same seed.
 
-    def __init__(self, topics: list[Topic], common: Common, seed: int) -> None:
+    `lengths` are the numbers of exchanges to choose from, each as likely as often as it is named.
+    """
+
+    def __init__(
+        self, topics: list[Topic], common: Common, seed: int, lengths: tuple[int, ...] = (1, 1, 2, 3, 4, 5, 6, 8)
+    ) -> None:
+        self.lengths = lengths
         self.topics = topics
         self.common = common
         self.random = random.Random(seed)
@@ -78,11 +82,11 @@ class Writer:
             yield record(self.conversation())
 
     def conversation(self) -> list[Turn]:
-        """One to eight exchanges in which topics and languages change now and then."""
+        """Some exchanges in which topics and languages change now and then."""
         language = self.random.choice(LANGUAGES)
         turns: list[Turn] = []
         topic: Topic | None = None
-        for _ in range(self.random.choice((1, 1, 2, 3, 4, 5, 6, 8))):
+        for _ in range(self.random.choice(self.lengths)):
             if self.random.random() < 0.25:
                 language = "ar" if language == "en" else "en"
             kind = self.random.random()
@@ -156,9 +160,7 @@ class Writer:
     def shuffled(self, item: MultipleChoice) -> MultipleChoice:
         """The same question with its options in another order, so that the letter cannot be learnt by heart."""
         order = self.random.sample(range(4), 4)
-        return item.model_copy(
-            update={"options": [item.options[i] for i in order], "answer": order.index(item.answer)}
-        )
+        return item.model_copy(update={"options": [item.options[i] for i in order], "answer": order.index(item.answer)})
 
     def typed(self, text: str, language: Language) -> str:
         """`text` as people type it: now and then without capitals, punctuation, hamzas or diacritics."""

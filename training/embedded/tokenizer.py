@@ -18,8 +18,8 @@ TEMPLATE = Path(__file__).parent.parent / "vicuna_v1.1.jinja"
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """A tokenizer of VOCABULARY tokens; ids 0 to 2 are the special tokens and 3 to 258 the bytes, as in Mixtral's.
 
-    Text is split at spaces and punctuation, so no token reaches across words and a rendered prompt keeps its token ids when the
-    next turn is appended. Whatever the vocabulary does not know falls back to bytes, so decoding returns the text.
+    Text is split at spaces and punctuation, so no token reaches across words, and a rendered prompt keeps its token ids
+    when the next turn is appended. What the vocabulary does not know falls back to bytes, so decoding returns the text.
     """
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.NFC()
@@ -30,9 +30,7 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
             pre_tokenizers.Split(Regex(r"\p{P}"), "isolated"),
         ]
     )
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY, special_tokens=[*SPECIAL_TOKENS, *BYTES], min_frequency=2, show_progress=False
