@@ -10,6 +10,7 @@ import typer
 from pydantic import ValidationError
 
 from server.conversations.cli import app as conversations_app
+from server.environment import prepare
 from server.latency.cli import app as latency_app
 from server.settings import Settings
 
@@ -73,6 +74,7 @@ def serve(
 ) -> None:
     given: dict[str, Any] = {name: value for name, value in locals().items() if name != "context" and value is not None}
     settings = checked_settings(given, tuple(context.args))
+    prepare(settings)
     from server.serve import run
 
     try:

@@ -85,7 +85,7 @@ def fused_bf16(base: Path, rank: int) -> PeftModel:
 
 def unguarded_4bit(base: Path, rank: int) -> PeftModel:
     """`load_in_4bit` on the fused model: the experts stay in bf16 and only q, k and v are trained."""
-    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
     model = MixtralForCausalLM.from_pretrained(base, quantization_config=quantization, device_map={"": device()})
     return get_peft_model(model, LoraConfig(r=rank, target_modules=list(ATTENTION_MATRICES), task_type="CAUSAL_LM"))
 
@@ -134,7 +134,7 @@ def measure_merge(what: str, base: Path, adapter: Path) -> Measured:
     with tempfile.TemporaryDirectory(dir=base.parent) as folder:
         if what.startswith("merge_and_unload"):
             model = load(base, dtype=torch.bfloat16)
-            PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().save_pretrained(folder)  # type: ignore[operator]
+            PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().save_pretrained(folder)
         else:
             merge_adapter(adapter, Path(folder) / "merged")
     return Measured(what, round(time.monotonic() - started, 2), _peak(before))

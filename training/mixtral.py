@@ -39,7 +39,7 @@ UNQUANTISED = ["lm_head", ROUTER]
 """The router decides which experts run: it is 0.002% of the weights and stays in 16 bits."""
 
 
-class UnfusedMixtralConfig(MixtralConfig):  # type: ignore[no-untyped-call]
+class UnfusedMixtralConfig(MixtralConfig):
     model_type = MODEL_TYPE
 
 
@@ -114,7 +114,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         return output
 
 
-class UnfusedMixtralModel(MixtralModel):  # type: ignore[no-untyped-call]
+class UnfusedMixtralModel(MixtralModel):
     config_class = UnfusedMixtralConfig
     _no_split_modules: ClassVar = ["DecoderLayer"]
     _can_record_outputs: ClassVar = {
@@ -133,10 +133,10 @@ class UnfusedMixtralModel(MixtralModel):  # type: ignore[no-untyped-call]
         self.norm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = MixtralRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
-        self.post_init()  # type: ignore[no-untyped-call]
+        self.post_init()
 
 
-class UnfusedMixtral(MixtralForCausalLM):  # type: ignore[no-untyped-call]
+class UnfusedMixtral(MixtralForCausalLM):
     """Causal language model; same logits as `MixtralForCausalLM` from the same checkpoint."""
 
     config_class = UnfusedMixtralConfig
@@ -150,7 +150,7 @@ class UnfusedMixtral(MixtralForCausalLM):  # type: ignore[no-untyped-call]
         self.router_aux_loss_coef = config.router_aux_loss_coef
         self.num_experts = config.num_local_experts
         self.num_experts_per_tok = config.num_experts_per_tok
-        self.post_init()  # type: ignore[no-untyped-call]
+        self.post_init()
 
 
 def unfused_config(base: str | Path, revision: str | None = None) -> UnfusedMixtralConfig:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import TrainerCallback
 
 SHOWN = {"loss": "loss", "eval_loss": "held-out loss", "tokens_per_second": "tok/s", "router/entropy": "router entropy"}

@@ -71,7 +71,7 @@ class FirstStep(TrainerCallback):
         self.ends = 0
         self.names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.hooks: list[Any] = [
-            parameter.register_hook(self._watch(name))  # type: ignore[no-untyped-call]
+            parameter.register_hook(self._watch(name))
             for name, parameter in model.named_parameters()
             if parameter.requires_grad
         ]

@@ -36,7 +36,7 @@ def run(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
     Raises Refused for inputs that do not fit, ProofFailed when the run would not do what the recipe says, and
     FileExistsError when `output` holds another run and `resume` was not asked for.
     """
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()
     recipe.check_inputs()
     claim_output(recipe, resume=resume)
     state = join(recipe)
@@ -125,7 +125,7 @@ def base_model(recipe: Recipe, dtype: torch.dtype) -> UnfusedMixtral:
 
 def nf4(compute: torch.dtype, storage: torch.dtype) -> BitsAndBytesConfig:
     """4-bit NormalFloat with double quantisation (QLoRA), but for the head and the router."""
-    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+    return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,

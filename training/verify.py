@@ -109,7 +109,7 @@ def _adapted(index: int, tensors: Tensors, adapter: Adapter, config: UnfusedMixt
         inner, _, leaf = module.rpartition(".")
         lora = LoraConfig(
             r=a.shape[0],
-            lora_alpha=scaling * a.shape[0],  # type: ignore[arg-type]
+            lora_alpha=scaling * a.shape[0],
             target_modules=[leaf],
             init_lora_weights=False,
         )

@@ -36,7 +36,7 @@ class Format(StrEnum):
 @app.command("export")
 def export_command(
     store: StoreUrl = None,
-    format: Annotated[Format, typer.Option(help="Vicuna records, one JSON object a line.")] = Format.vicuna,  # noqa: ARG001
+    format: Annotated[Format, typer.Option(help="Vicuna records, one JSON object a line.")] = Format.vicuna,
     output: Annotated[Path | None, typer.Option(help="File to write; by default standard output.")] = None,
 ) -> None:
     """Write every conversation as a Vicuna record, for `bimedix-train data`."""

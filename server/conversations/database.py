@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,11 @@ class Database:
         path = Path(self.url.database)
         with translated():
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            # A file that is there is not touched: closing any descriptor of it would take this process's locks away
+            # from SQLite, and the next process to leave would delete the log that we write (see section 2.2 of SQLite's
+            # "How To Corrupt An SQLite Database File").
+            with suppress(FileExistsError):
+                os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncSession]:

@@ -1,7 +1,5 @@
 """What the store raises. Messages never quote a message, a key or an id."""
 
-# ruff: noqa: N818 - these names are states of the store, not mistakes in it.
-
 from __future__ import annotations
 
 

@@ -27,12 +27,12 @@ class Json(TypeDecorator[Any]):
     impl = Text
     cache_ok = True
 
-    def process_bind_param(self, value: Any, dialect: Dialect) -> str:  # noqa: ARG002
+    def process_bind_param(self, value: Any, dialect: Dialect) -> str:
         # Arabic stays readable and two bytes a letter; half a surrogate pair has no UTF-8 and is escaped.
         encoded = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
         return SURROGATE.sub(lambda match: f"\\u{ord(match[0]):04x}", encoded)
 
-    def process_result_value(self, value: str | None, dialect: Dialect) -> Any:  # noqa: ARG002
+    def process_result_value(self, value: str | None, dialect: Dialect) -> Any:
         return None if value is None else json.loads(value)
 
 

@@ -87,7 +87,7 @@ class Transactions:
                 return result, waited
             if waited >= wait:
                 raise ConversationBusy(waited)
-            pause = POLL_SECONDS * random.uniform(0.5, 1.5)  # noqa: S311 - spreads the tries, guards nothing
+            pause = POLL_SECONDS * random.uniform(0.5, 1.5)
             await asyncio.sleep(min(pause, max(wait - waited, 0.0)))
             waited = loop.time() - began
 

@@ -26,7 +26,7 @@ OWED_AT_LINE_START = 3
 CREDIT = 32
 """Letters of the other script that may be ahead of the own one's: "amoxicillin/clavulanic acid" right after a verb."""
 LOWER_CASE_WORD = 4
-"""What a lower-case word costs beyond its letters: two ordinary words then take three of the own script's."""
+"""What a lower-case word costs beyond its letters: an ordinary one then takes about two of the own script's."""
 RUN = 3
 """Words of the other script in a row; the fourth makes a phrase that no drug name or diagnosis explains."""
 LONGEST_WORD = 24
@@ -106,7 +106,7 @@ def _effect(vocabulary: Vocabulary, code: int, state: int, symbol: int) -> Effec
     if step >= 0:
         return Effect(byte=step, completes=0)
     script = Script(~step)
-    return _piece_effect(Piece(script, letters=1, joins=True, tail=1, visible=True) if script else Piece(script), code)
+    return _piece_effect(Piece(script, letters=1, joins=True, tail=1, visible=script != Script.BREAK), code)
 
 
 def _piece_effect(piece: Piece, code: int) -> Effect:

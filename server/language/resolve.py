@@ -280,7 +280,7 @@ def _arabic_script_language(text: str) -> Language | None:
     if not (foreign or strong or lettered):
         return "ar"
     native = sum(
-        word in words.ARABIC_FRAME or word.endswith("ه") and "ة" in bare for word in _ARABIC_WORD.findall(plain(bare))
+        word in words.ARABIC_FRAME or (word.endswith("ه") and "ة" in bare) for word in _ARABIC_WORD.findall(plain(bare))
     )
     if foreign + strong != native:
         return "ar" if native > foreign + strong else None

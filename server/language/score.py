@@ -162,7 +162,7 @@ def _by_script(line: str) -> tuple[list[str], list[str], list[str]]:
 
 
 def _counts_beside_arabic(word: str) -> bool:
-    return word.islower() and len(word) > 1 and not _UNIT.fullmatch(word) or word.lower() in words.ENGLISH_FRAME
+    return (word.islower() and len(word) > 1 and not _UNIT.fullmatch(word)) or word.lower() in words.ENGLISH_FRAME
 
 
 def _has_word_error(line: str, expected: Language) -> bool:

@@ -1,7 +1,6 @@
 """`bimedix latency`: table5, plan, run, compare. Everything heavy is imported when a command runs."""
 
 # Typer commands take their options as parameters, always by name.
-# ruff: noqa: PLR0917
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ class Session:
         self.watcher.begin(f"{plan.mode} {endpoint.name} {level:g}", requests)
         before = read_counters(await get_text(endpoint.session, metrics))
         async with ClientWatch() as watch:
-            await self._drive(stage, level, random.Random(seed))  # noqa: S311 (arrival times, not secrets)
+            await self._drive(stage, level, random.Random(seed))
         after = read_counters(await get_text(endpoint.session, metrics))
         if not stage.samples:
             return None

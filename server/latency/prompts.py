@@ -43,7 +43,7 @@ def prompts(languages: list[PromptLanguage], lengths: list[int], seed: int, salt
 
     The salt changes only each prompt's first word: two endpoints can get the same text without sharing a cached prefix.
     """
-    rng, cases = random.Random(seed), random.Random(f"{seed} {salt}")  # noqa: S311 (repeatable text, not secrets)
+    rng, cases = random.Random(seed), random.Random(f"{seed} {salt}")
     while True:
         for words in lengths:
             for language in languages:

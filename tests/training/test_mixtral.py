@@ -59,7 +59,7 @@ def test_greedy_tokens_equal_the_fused_models(base: Path) -> None:
 def test_4_bit_reaches_every_expert(quantised: tuple[UnfusedMixtral, Recipe]) -> None:
     model, _ = quantised
     assert experts_are_4bit(model) == 2 * 4 * 3
-    assert model.model.layers[0].block_sparse_moe.gate.weight.dtype == torch.bfloat16
+    assert model.get_parameter("model.layers.0.block_sparse_moe.gate.weight").dtype == torch.bfloat16
 
 
 def test_a_model_left_in_16_bits_is_refused(make_recipe: Any) -> None:

@@ -129,7 +129,7 @@ def test_packed_records_do_not_see_each_other(make_recipe: Any, tmp_path: Path, 
         model.zero_grad()
         loss = summed_loss(model, batch)
         loss.backward()
-        gradient = model.model.layers[0].block_sparse_moe.experts[0].w1.weight.grad
+        gradient = model.get_parameter("model.layers.0.block_sparse_moe.experts.0.w1.weight").grad
         assert gradient is not None
         return loss.detach(), gradient.clone()
 

@@ -6,13 +6,20 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
-from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import (
+    GenerationConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from training.embedded.corpus import Common, Topic, load_common, load_topics
@@ -30,7 +37,6 @@ DESCRIPTION = (
 )
 # Two of the requests that the corpus trains on; a turn in the reply's own language needs none.
 DIRECTIVES = {"en": "Please answer in English.", "ar": "أجب بالعربية من فضلك."}
-OPENING = 10
 OUTPUT = Path(__file__).parents[2] / "server" / "embedded"
 
 
@@ -159,33 +165,53 @@ def fit(model: MixtralForCausalLM, rows: Conversations, batch: int, rate: float)
         SparseHeadTrainer(model=model, args=arguments, train_dataset=rows, data_collator=collate).train()
 
 
+class Stage(NamedTuple):
+    """One part of the training: how many conversations of which lengths, and how much of each reply counts."""
+
+    conversations: int
+    lengths: tuple[int, ...]
+    opening: int | None
+    batch: int
+    rate: float
+
+
+STAGES = (
+    # Which reply a question gets is decided in its first words, and takes longest to learn. Replies cut after ten
+    # tokens give several times as many decisions in the same time.
+    Stage(60_000, (1, 1, 1, 2, 3), 10, 32, 2e-3),
+    Stage(9_000, (1, 1, 2, 3, 4, 5, 6, 8), None, 8, 1e-3),
+    # The same again for conversations in which the topic has to be found in an earlier turn.
+    Stage(16_000, (1, 2, 3, 4, 5, 6), 10, 24, 1e-3),
+    Stage(5_500, (1, 2, 3, 4, 5, 6, 8), None, 8, 7e-4),
+)
+
+
 def main(
     output: Annotated[Path, typer.Option(help="Where the checkpoint goes.")] = OUTPUT,
-    openings: Annotated[int, typer.Option(help="Conversations of the first stage.")] = 60_000,
-    conversations: Annotated[int, typer.Option(help="Conversations of the second stage.")] = 9_000,
+    start: Annotated[Path | None, typer.Option(help="Go on from this checkpoint, after its stages.")] = None,
+    done: Annotated[int, typer.Option(help="How many stages it has behind it.")] = 0,
 ) -> None:
-    """Train the tokenizer and the model, write the checkpoint, and print what it can do.
-
-    Which reply a question gets is decided in its first words, and is what takes longest to learn. So the first stage
-    trains on replies cut after ten tokens, several times as many decisions in the same time; the second on whole ones.
-    """
+    """Train the tokenizer and the model, write the checkpoint, and print what it can do."""
     torch.manual_seed(SEED)
     topics, common = load_topics(), load_common()
     tokenizer = train_tokenizer(corpus_texts(topics, common))
     model = MixtralForCausalLM(configure())
+    if start:
+        model = MixtralForCausalLM.from_pretrained(start, dtype=torch.float32)
     model.set_experts_implementation("grouped_mm")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-    short = Writer(topics, common, SEED + 1, lengths=(1, 1, 1, 2, 3)).records(openings)
-    fit(model, Conversations(short, tokenizer, OPENING), batch=32, rate=2e-3)
-    long = Writer(topics, common, SEED + 2).records(conversations)
-    fit(model, Conversations(long, tokenizer, None), batch=8, rate=1e-3)
+    for number, stage in enumerate(STAGES[done:], done + 1):
+        records = Writer(topics, common, SEED + number, stage.lengths).records(stage.conversations)
+        fit(model, Conversations(records, tokenizer, stage.opening), stage.batch, stage.rate)
     save(model, tokenizer, output)
-    print(table(evaluate(model, tokenizer, topics, common)))
+    # In 32 bits again: the same weights, and kernels that are not compiled anew for each length.
+    print(table(evaluate(model.float(), tokenizer, topics, common)))
 
 
 def save(model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
     """Write the checkpoint in bfloat16 with its tokenizer, template, generation defaults and manifest."""
     output.mkdir(parents=True, exist_ok=True)
+    model.generation_config = GenerationConfig()  # written below: transformers refuses a temperature of 0
     model.to(torch.bfloat16).save_pretrained(output)
     tokenizer.save_pretrained(output)
     # vLLM takes its defaults from here: greedy, so that the same question gets the same answer.

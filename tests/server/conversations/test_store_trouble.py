@@ -7,6 +7,8 @@ import logging
 import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
@@ -138,6 +140,17 @@ async def test_text_of_a_reply_that_found_the_disk_full_is_written_later(tmp_pat
         await asyncio.sleep(0.5)
         ended = await store.get_turn(OWNER, turn.response_id)
         assert (ended.status, ended.reply and ended.reply.value) == ("incomplete", text)
+
+
+async def test_another_process_may_come_and_go(tmp_path: Path) -> None:
+    """The last one to leave a SQLite file deletes its log: it must see that we still have it open."""
+    url = f"sqlite:///{tmp_path / 'c.db'}"
+    async with Store(url) as store:
+        await store.create_conversation(OWNER)
+        command = [sys.executable, "-m", "server.cli", "conversations", "count", "--store", url]
+        process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.DEVNULL)
+        assert await process.wait() == 0
+        assert Path(f"{path_of(store)}-wal").exists()  # noqa: ASYNC240
 
 
 @pytest.mark.postgresql

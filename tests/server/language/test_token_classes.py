@@ -77,7 +77,7 @@ def test_other_vocabularies_are_refused() -> None:
         read_vocabulary(words, 2, [])
 
 
-@given(st.characters(min_codepoint=0x80, exclude_categories=("Cs",)))
+@given(st.characters(min_codepoint=0x80, exclude_categories=["Cs"]))
 def test_bytes_add_up_to_their_character(char: str) -> None:
     state = 0
     for byte in char.encode():
