@@ -49,10 +49,10 @@ def trial(
     from openai import OpenAIError
     from transformers import AutoTokenizer
 
-    from server.language.trial import POLICIES, allowed_terms, cases, run
+    from server.language.trial import EXPECTED, POLICIES, allowed_terms, cases, run
     from server.settings import EMBEDDED_CHECKPOINT
 
-    requests = len(POLICIES) * sum(len(list(cases(expected))) for expected in ("en", "ar"))
+    requests = len(POLICIES) * sum(len(list(cases(expected))) for expected in EXPECTED)
     try:
         with typer.progressbar(length=requests, label="Replies", file=sys.stderr) as bar:
             outcomes = asyncio.run(run(url, api_key, lambda: bar.update(1)))

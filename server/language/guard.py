@@ -3,9 +3,10 @@
 Drift starts at the beginning of a reply or of a line, so there only letters of the language's own script may stand.
 After that, words of the other script (drug names, abbreviations, units) are paid for from a credit that every letter of
 the own script earns back. Names in capitals are cheap and lower-case words dear, at most three may follow each other,
-and a word that has begun may be finished. Digits and signs have a bound of their own, or a model that may not drift
-would escape into them. Third scripts never pass. The letters of the own script always do, so some token always may
-come; the end of the reply may, once something was said.
+and a word that has begun may be finished. English has no such need of Arabic words: there they stand in brackets or
+quotation marks. Digits and signs have a bound of their own, or a model that may not drift would escape into them.
+Third scripts never pass. The letters of the own script always do, so some token always may come; the end of the reply
+may, once something was said.
 
 This module imports torch and no engine; the engine's own base classes are met in `server.engine_guard`.
 """
@@ -54,6 +55,7 @@ class Effect(NamedTuple):
     dear: int = 0
     signs: int = 0
     breaks: int = 0
+    opens: int = 0
     visible: int = 0
 
 
@@ -112,14 +114,13 @@ def _effect(vocabulary: Vocabulary, code: int, state: int, symbol: int) -> Effec
 def _piece_effect(piece: Piece, code: int) -> Effect:
     own, other = _SCRIPTS[code]
     if piece.script == own:
-        return Effect(own=piece.letters, visible=1)
+        return Effect(own=piece.letters, opens=int(piece.opens), visible=1)
     if piece.script == other:
         dear = LOWER_CASE_WORD if piece.lower else 0
-        return Effect(
-            other=piece.letters, starts=piece.starts, joins=int(piece.joins), tail=piece.tail, dear=dear, visible=1
-        )
-    signs = piece.script in (Script.NEUTRAL, Script.BREAK)
-    return Effect(signs=int(signs), breaks=int(piece.script == Script.BREAK), visible=int(piece.visible))
+        words = Effect(starts=piece.starts, joins=int(piece.joins), tail=piece.tail, dear=dear)
+        return words._replace(other=piece.letters, opens=int(piece.opens), visible=1)
+    signs, breaks = piece.script in (Script.NEUTRAL, Script.BREAK), piece.script == Script.BREAK
+    return Effect(signs=int(signs), breaks=int(breaks), opens=int(piece.opens), visible=int(piece.visible))
 
 
 def _forbidden(vocabulary: Vocabulary, code: int) -> Iterator[list[bool]]:
@@ -161,21 +162,21 @@ class Guard:
 
     def __init__(self, tables: Tables, slots: int) -> None:
         self.tables = tables
-        self.state = torch.zeros((slots, 8), dtype=torch.int32, device=tables.symbols.device)
-        """[slot, (language, UTF-8 state, letters owed, credit, run, word, signs, said)]"""
+        self.state = torch.zeros((slots, 9), dtype=torch.int32, device=tables.symbols.device)
+        """[slot, (language, UTF-8 state, letters owed, credit, run, word, signs, opened, said)]"""
 
     def begin(self, slots: Sequence[int], codes: Sequence[int]) -> None:
         """Start a reply in each of `slots`; `codes` are languages as in CODES, or UNGUARDED."""
-        begun = [[code, 0, OWED_AT_LINE_START, CREDIT, 0, 0, SIGNS - SIGNS_AT_START, 0] for code in codes]
+        begun = [[code, 0, OWED_AT_LINE_START, CREDIT, 0, 0, SIGNS - SIGNS_AT_START, 0, 0] for code in codes]
         device = self.state.device
         self.state[torch.tensor(slots, device=device)] = torch.tensor(begun, dtype=torch.int32, device=device)
 
     def advance(self, slots: Tensor, tokens: Tensor, fresh: Tensor | None = None) -> None:
         """Take one more token of each reply; where `fresh` is given and false, the reply stays as it is."""
         before = self.state[slots]
-        language, byte, owed, credit, run, word, signs, said = before.unbind(1)
+        language, byte, owed, credit, run, word, signs, opened, said = before.unbind(1)
         effects = self.tables.effects[language, byte, self.tables.symbols[tokens]]
-        next_byte, completes, own, other, starts, joins, tail, dear, sign, breaks, visible = effects.unbind(1)
+        next_byte, completes, own, other, starts, joins, tail, dear, sign, breaks, opens, visible = effects.unbind(1)
         new_words = starts + joins * (word == 0)
         continued = (other > 0) & (new_words == 0)
         after = torch.stack(
@@ -187,6 +188,7 @@ class Guard:
                 run.masked_fill(own > 0, 0) + new_words,
                 torch.where(continued, word + other, torch.where(completes > 0, tail, word)),
                 (signs + sign - SIGNS_PER_LETTER * own).clamp_(min=0),
+                opened.masked_fill(own > 0, 0) | opens,
                 said | visible,
             ],
             dim=1,
@@ -198,8 +200,8 @@ class Guard:
         return logits.add_(self.tables.bias[self._rows(slots)])
 
     def _rows(self, slots: Tensor) -> Tensor:
-        language, byte, owed, credit, run, word, signs, said = self.state[slots].unbind(1)
-        start = (owed == 0) & (credit > 0) & (run < RUN)
+        language, byte, owed, credit, run, word, signs, opened, said = self.state[slots].unbind(1)
+        start = (owed == 0) & (credit > 0) & (run < RUN) & ((language == ARABIC) | (opened > 0))
         join = torch.where(word > 0, word < LONGEST_WORD, start)
         middle = join * 2 + (signs < SIGNS)
         flags = start * 8 + middle * 2 + said

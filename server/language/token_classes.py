@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 SPACE = "\u2581"
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+_OPENING = frozenset("([{\"\u00ab\u2018\u201c\u2039'")
 _BREAKS = frozenset("\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029")
 
 
@@ -75,6 +76,8 @@ class Piece(NamedTuple):
     """How many letters it ends with: what a word left open has, when that word begins in this token."""
     lower: bool = False
     """Whether its first letter is a lower-case one. Names and abbreviations have capitals; Arabic has no case."""
+    opens: bool = False
+    """Whether it ends with a bracket or quotation mark that opens a gloss."""
     visible: bool = False
 
 
@@ -89,7 +92,7 @@ def piece(text: str) -> Piece:
         return NOTHING
     visible = not text.isspace()
     if kinds <= {Script.BREAK}:
-        return Piece(kinds.pop() if kinds else Script.NEUTRAL, visible=visible)
+        return Piece(kinds.pop() if kinds else Script.NEUTRAL, opens=text[-1] in _OPENING, visible=visible)
     letters = [kind != Script.NEUTRAL for kind in scripts]
     first = text[letters.index(True)]
     return Piece(
@@ -99,6 +102,7 @@ def piece(text: str) -> Piece:
         joins=letters[0],
         tail=len(letters) if all(letters) else letters[::-1].index(False),
         lower=first == first.lower(),
+        opens=text[-1] in _OPENING,
         visible=True,
     )
 

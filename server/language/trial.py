@@ -15,6 +15,7 @@ from server.language.score import PassRates, judge, pass_rates
 
 Policy = Literal["off", "guide", "guard"]
 POLICIES: tuple[Policy, ...] = ("off", "guide", "guard")
+EXPECTED: tuple[Language, ...] = ("en", "ar")
 REPLY_TOKENS = 128
 AT_ONCE = 16
 
@@ -90,7 +91,7 @@ async def run(url: str, api_key: str, advance: Callable[[], None]) -> list[Outco
     outcomes = []
     async with AsyncOpenAI(base_url=f"{url.rstrip('/')}/v1", api_key=api_key, timeout=600) as client:
         model = (await client.models.list()).data[0].id
-        for policy, expected in product(POLICIES, ("en", "ar")):
+        for policy, expected in product(POLICIES, EXPECTED):
             outcomes.append(await _try(client, model, policy, expected, advance))
     return outcomes
 

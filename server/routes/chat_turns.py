@@ -39,12 +39,13 @@ async def answer_turn(
         if request.stream:
             return TurnStream(live, stream(live, generated, wants_usage))
         assert isinstance(generated, ChatCompletionResponse)
-        await live.finish(Reply.whole(generated))
+        turn = await live.finish(Reply.whole(generated))
     except BaseException:
         await live.close()
         raise
-    generated.created = int(live.turn.created_at)
-    return JSONResponse(generated.model_dump(), headers=live.headers())
+    # As a repeated request will get it.
+    body = generated.model_dump() | {"created": int(turn.created_at), "usage": _usage(turn)}
+    return JSONResponse(body, headers=live.headers())
 
 
 def as_ask(request: ChatRequest, owner: str, once: Idempotency | None, settings: Settings) -> Ask:

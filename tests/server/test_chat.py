@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Callable
 
 import httpx
 import openai
@@ -48,14 +49,20 @@ def test_answers_in_arabic(client: openai.OpenAI) -> None:
 
 
 def test_three_turns_with_a_language_switch(client: openai.OpenAI) -> None:
-    first = reply(client, "What is high blood pressure?")
-    second = reply(client, "What is high blood pressure?", first, "وما أعراضه؟")
-    third = reply(
-        client, "What is high blood pressure?", first, "وما أعراضه؟", second, "And when should I see a doctor?"
+    questions = (
+        "What is high blood pressure?",
+        "وما أعراض ارتفاع ضغط الدم؟",
+        "And when is high blood pressure serious?",
     )
-    assert "pressure" in first
-    assert is_arabic(second) and "الضغط" in second
-    assert not ARABIC_LETTER.search(third) and "pressure" in third
+    said: list[str] = []
+    for question in questions:
+        said += [question, reply(client, *said, question)]
+    english, arabic, again = said[1::2]
+    assert "pressure" in english
+    assert is_arabic(arabic)
+    assert "ضغط" in arabic
+    assert "pressure" in again
+    assert not ARABIC_LETTER.search(again)
 
 
 @pytest.mark.parametrize("question", [ENGLISH, ARABIC])
@@ -137,14 +144,13 @@ def test_several_choices(client: openai.OpenAI) -> None:
 
 def test_structured_output(client: openai.OpenAI) -> None:
     urgency: dict[str, object] = {"enum": ["none", "soon", "now"]}
-    schema = {"type": "object", "properties": {"urgency": urgency}, "required": ["urgency"]}
     answer = client.chat.completions.create(
         model="bimedix",
         messages=says(ENGLISH),
-        max_tokens=100,
-        response_format={"type": "json_schema", "json_schema": {"name": "triage", "schema": schema}},
+        max_tokens=20,
+        response_format={"type": "json_schema", "json_schema": {"name": "urgency", "schema": urgency}},
     )
-    assert json.loads(answer.choices[0].message.content or "")["urgency"] in ("none", "soon", "now")
+    assert json.loads(answer.choices[0].message.content or "") in ("none", "soon", "now")
 
 
 def test_completions_score_text_with_echo_and_logprobs(client: openai.OpenAI) -> None:
@@ -186,14 +192,20 @@ def test_a_client_that_leaves_frees_its_slot(service: RunningService, stream: bo
         if stream:
             with client.stream("POST", f"{service.url}/v1/chat/completions", json=body) as response:
                 next(response.iter_lines())
-                assert running(service) >= 1
+                wait_for(lambda: running(service) > 0)
         else:
             with pytest.raises(httpx.ReadTimeout):
                 client.post(f"{service.url}/v1/chat/completions", json=body)
     left = time.monotonic()
-    while running(service) and time.monotonic() < left + 20:
-        time.sleep(0.05)
+    wait_for(lambda: running(service) == 0)
     assert time.monotonic() - left < 2.0, "the slot was not free within two seconds"
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def running(service: RunningService) -> float:

@@ -13,7 +13,7 @@ from server.language.score import judge
 from server.language.trial import QUESTIONS
 
 GUARD: dict[str, Any] = {"language_policy": "guard"}
-ENGLISH, ARABIC = (QUESTIONS[1][language].format(name) for language, name in (("en", "asthma"), ("ar", "الربو")))
+ENGLISH, ARABIC = QUESTIONS[1]["en"].format("asthma"), QUESTIONS[1]["ar"].format("الربو")
 
 
 def ask(client: openai.OpenAI, question: str, **fields: Any) -> Any:

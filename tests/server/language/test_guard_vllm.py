@@ -11,13 +11,17 @@ import pytest
 import torch
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, BatchUpdateBuilder, MoveDirectionality
+from vllm.v1.sample.logits_processor import LogitsProcessor as V1Processor
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2Processor
 
 from server import engine_guard
 from server.engine_guard import LANGUAGE_ARG, V1Guard, V2Guard
 from server.language.guard import CODES, Guard, Tables
 
 CPU = torch.device("cpu")
+Reply = tuple[str | None, list[int], list[int]]
+"""Its language, the tokens it will have, and the list of those it has."""
 
 
 def params(language: str | None) -> SamplingParams:
@@ -40,7 +44,7 @@ def expected(tables: Tables, language: str | None, tokens: list[int]) -> torch.T
 def replies(tokenizer: Any) -> list[tuple[str | None, list[int]]]:
     texts = [
         ("ar", "تناول Panadol 500 mg"),
-        ("en", "Take ٥ tablets\nnow"),
+        ("en", "Take ٥ (خمس) tablets\nnow"),
         (None, "نعم OK"),
         ("ar", "\n- 1. نعم (CT scan"),
     ]
@@ -89,44 +93,62 @@ def test_v1_leaves_a_batch_without_guarded_replies_alone(v1: V1Guard, tables: Ta
     assert not v1.is_argmax_invariant()
 
 
-def test_v1_keeps_each_reply_apart_through_any_batch(v1: V1Guard, tables: Tables, tokenizer: Any) -> None:
-    """As vLLM's own batch does it: rows are freed, filled, condensed and swapped; preempted replies come back."""
-    choice = random.Random(5)
-    texts = replies(tokenizer)
-    waiting = [(language, tokens, list[int]()) for language, tokens in texts * 4]
-    rows: list[tuple[str | None, list[int], list[int]]] = []
-    for _ in range(300):
+class Batch:
+    """vLLM's persistent batch, as far as it goes: four rows that are freed, filled, condensed and swapped."""
+
+    def __init__(self, waiting: list[Reply], choice: random.Random) -> None:
+        self.waiting = waiting
+        self.choice = choice
+        self.rows: list[Reply] = []
+
+    def update(self) -> BatchUpdate | None:
+        """One step's changes: replies end or are preempted, others join, the rows close up, two may change places."""
         builder = BatchUpdateBuilder()
-        for row in sorted(range(len(rows)), reverse=True):
-            language, tokens, output = rows[row]
-            if len(output) == len(tokens) or choice.random() < 0.1:
-                if len(output) < len(tokens):
-                    # Preempted: it comes back with a list of its own.
-                    waiting.append((language, tokens, list(output)))
+        for row in reversed(range(len(self.rows))):
+            language, tokens, output = self.rows[row]
+            done = len(output) == len(tokens)
+            if not done and self.choice.random() < 0.1:
+                # It comes back with a list of its own.
+                self.waiting.append((language, tokens, list(output)))
+                done = True
+            if done:
                 builder.removed_append(row)
-        kept: list[Any] = [None if row in builder.removed else entry for row, entry in enumerate(rows)]
-        while waiting and sum(entry is not None for entry in kept) < 4:
-            entry = waiting.pop(0)
-            row = builder.pop_removed() if builder.has_removed() else len(kept)
-            assert row is not None
-            kept[row:] = [entry, *kept[row + 1 :]]
-            builder.added.append((row, params(entry[0]), [], entry[2]))
+        kept: list[Reply | None] = [None if row in builder.removed else reply for row, reply in enumerate(self.rows)]
+        self._fill(kept, builder)
+        self._condense(kept, builder)
+        self.rows = [reply for reply in kept if reply is not None]
+        if len(self.rows) > 1 and self.choice.random() < 0.3:
+            self.rows[0], self.rows[-1] = self.rows[-1], self.rows[0]
+            builder.moved.append((0, len(self.rows) - 1, MoveDirectionality.SWAP))
+        return builder.get_and_reset(len(self.rows))
+
+    def _fill(self, kept: list[Reply | None], builder: BatchUpdateBuilder) -> None:
+        while self.waiting and sum(reply is not None for reply in kept) < 4:
+            reply, freed = self.waiting.pop(0), builder.pop_removed()
+            row = len(kept) if freed is None else freed
+            kept[row:] = [reply, *kept[row + 1 :]]
+            builder.added.append((row, params(reply[0]), [], reply[2]))
+
+    def _condense(self, kept: list[Reply | None], builder: BatchUpdateBuilder) -> None:
         while None in kept:
             hole, last = kept.index(None), len(kept) - 1
             if kept[last] is not None:
                 kept[hole] = kept[last]
                 builder.moved.append((last, hole, MoveDirectionality.UNIDIRECTIONAL))
             kept.pop()
-        if len(kept) > 1 and choice.random() < 0.3:
-            kept[0], kept[-1] = kept[-1], kept[0]
-            builder.moved.append((0, len(kept) - 1, MoveDirectionality.SWAP))
-        rows = kept
-        v1.update_state(builder.get_and_reset(len(rows)))
-        masks = v1.apply(free(tables, len(rows)))
-        for row, (language, tokens, output) in enumerate(rows):
+
+
+def test_v1_keeps_each_reply_apart_through_any_batch(v1: V1Guard, tables: Tables, tokenizer: Any) -> None:
+    batch = Batch([(language, tokens, []) for language, tokens in replies(tokenizer) * 4], random.Random(5))
+    while True:
+        v1.update_state(batch.update())
+        if not batch.rows:
+            break
+        masks = v1.apply(free(tables, len(batch.rows)))
+        for row, (language, tokens, output) in enumerate(batch.rows):
             assert torch.equal(masks[row], expected(tables, language, output)), (row, output)
             output.append(tokens[len(output)])
-    assert not waiting
+    assert not batch.waiting
 
 
 # --- V2 ---------------------------------------------------------------------------------------------------------
@@ -249,7 +271,7 @@ def test_the_runner_gets_its_own_class(v2_runner: bool, name: str, monkeypatch: 
     )
     engine_guard.use_guard(config)
     assert config.model_config.logits_processors == ["a:B", f"server.engine_guard:{name}"]
-    assert issubclass(getattr(engine_guard, name), (engine_guard.V1Processor, engine_guard.V2Processor)[v2_runner])
+    assert issubclass(getattr(engine_guard, name), (V1Processor, V2Processor)[v2_runner])
 
 
 def test_speculative_decoding_has_no_guard() -> None:
