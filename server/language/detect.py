@@ -6,8 +6,8 @@ On short or mixed text langdetect guesses, so callers ask only when letters and 
 from functools import lru_cache
 from pathlib import Path
 
-from langdetect.detector_factory import PROFILES_DIRECTORY, DetectorFactory  # type: ignore[import-untyped]
-from langdetect.lang_detect_exception import LangDetectException  # type: ignore[import-untyped]
+from langdetect.detector_factory import PROFILES_DIRECTORY, DetectorFactory
+from langdetect.lang_detect_exception import LangDetectException
 
 _LONGEST = 400  # characters looked at: more changes no answer and costs time
 
