@@ -191,7 +191,8 @@ def test_a_client_that_leaves_frees_its_slot(service: RunningService, stream: bo
     with httpx.Client(timeout=1.0 if not stream else 30) as client:
         if stream:
             with client.stream("POST", f"{service.url}/v1/chat/completions", json=body) as response:
-                next(response.iter_lines())
+                lines = response.iter_lines()  # held: dropping the iterator would close the response
+                next(lines)
                 wait_for(lambda: running(service) > 0)
         else:
             with pytest.raises(httpx.ReadTimeout):

@@ -169,7 +169,7 @@ print(json.dumps({script: asyncio.run(main(sys.argv[1], script)) for script in (
 
 
 def test_against_vllms_own_client(scripted: Scripted) -> None:
-    """The same stream, timed by `vllm bench`: inter-token times agree; TTFT and error events are where it is wrong."""
+    """The same stream, timed by `vllm bench`: inter-token times agree; its TTFT is the role-only chunk."""
     command = [sys.executable, "-c", VLLM_CLIENT, f"{scripted.url}/v1/chat/completions"]
     printed = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     theirs = json.loads(printed.splitlines()[-1])
@@ -178,5 +178,4 @@ def test_against_vllms_own_client(scripted: Scripted) -> None:
         sum(gap for gap, _ in ours.reply.gaps()), abs=SLACK_S
     )
     assert theirs["steady"]["ttft"] < FIRST_S <= (ours.record.ttft_s or 0)  # theirs is the role-only chunk
-    assert theirs["error-event"]["success"]  # a reply that broke off counts there as a good one
     assert asyncio.run(ask(scripted, "error-event")).record.outcome == "stream error"
