@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from server.conversations.cli import app as conversations_app
 from server.environment import prepare
+from server.language.cli import app as language_app
 from server.latency.cli import app as latency_app
 from server.settings import Settings
 
@@ -22,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(conversations_app, name="conversations")
+app.add_typer(language_app, name="language")
 app.add_typer(latency_app, name="latency")
 
 
