@@ -158,11 +158,12 @@ def test_bad_body_is_refused(service: RunningService, name: str) -> None:
     assert_still_serving(service)
 
 
-@pytest.mark.parametrize("name", BODIES)
+STREAMABLE = [name for name, (_, body, _) in BODIES.items() if isinstance(body, dict) and "stream_options" not in body]
+
+
+@pytest.mark.parametrize("name", STREAMABLE)
 def test_bad_body_is_refused_before_a_stream_begins(service: RunningService, name: str) -> None:
     path, body, status = BODIES[name]
-    if not isinstance(body, dict) or "stream_options" in body:
-        pytest.skip("has no streaming form")
     assert_envelope(httpx.post(service.url + path, json={**body, "stream": True}, timeout=10), status)
 
 
