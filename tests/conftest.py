@@ -22,6 +22,7 @@ settings.register_profile("tests", deadline=None)
 settings.load_profile("tests")
 
 START_SECONDS = 240
+CLIENTS: list[openai.OpenAI] = []
 
 
 @dataclass
@@ -34,7 +35,9 @@ class RunningService:
     store: str
 
     def client(self, api_key: str = "none") -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=60)
+        """A client that is closed when the test ends."""
+        CLIENTS.append(openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=60))
+        return CLIENTS[-1]
 
     def wait_until_ready(self) -> None:
         deadline = time.monotonic() + START_SECONDS
@@ -87,6 +90,13 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService
         yield running
     finally:
         running.stop()
+
+
+@pytest.fixture(autouse=True)
+def closed_clients() -> Iterator[None]:
+    yield
+    while CLIENTS:
+        CLIENTS.pop().close()
 
 
 @pytest.fixture

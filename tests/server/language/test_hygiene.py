@@ -86,9 +86,9 @@ def test_counts_hold_kinds_and_numbers_only() -> None:
 def test_time_is_linear_in_a_run_of_combining_marks() -> None:
     # NFC alone needs minutes for this text.
     text = "a" + "\u0301\u0323" * 200_000
-    start = time.perf_counter()
+    start = time.thread_time()
     cleaned = clean(text)
-    assert time.perf_counter() - start < 2
+    assert time.thread_time() - start < 2
     assert len(cleaned.text) <= 31
     assert cleaned.counts["stacked_marks"] == 1
 

@@ -111,9 +111,9 @@ def test_what_the_assistant_said_after_a_spoken_turn_does_not_matter(history: li
 )
 def test_no_text_makes_it_slow(unit: str) -> None:
     load()
-    start = time.perf_counter()
+    start = time.thread_time()
     resolve(user((unit * 100_000)[:100_000]))
-    assert time.perf_counter() - start < 1
+    assert time.thread_time() - start < 1
 
 
 def test_langdetect_answers_the_same_in_every_process() -> None:

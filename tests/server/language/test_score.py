@@ -95,6 +95,6 @@ def test_score_jsonl_names_the_bad_line(tmp_path: Path, line: str) -> None:
 
 @pytest.mark.parametrize("unit", ["(", "“", "[", "`", "a", "عر", "水", "a-", "x ", "\n"])
 def test_no_reply_makes_it_slow(unit: str) -> None:
-    start = time.perf_counter()
+    start = time.thread_time()
     judge((unit * 30_000)[:30_000], "ar")
-    assert time.perf_counter() - start < 1
+    assert time.thread_time() - start < 1
