@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 
 from prometheus_client import Counter, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.language.hygiene import Cleaned
 
 REQUESTS = Counter("bimedix_requests_total", "HTTP requests answered.", ["route", "status"])
 REPLY_LANGUAGES = Counter(
     "bimedix_reply_language_total", "Replies by the language chosen and the language seen.", ["expected", "observed"]
 )
+CLEANED = Counter("bimedix_cleaned_total", "Characters that hygiene changed in what users sent, by kind.", ["kind"])
 SECONDS = Histogram(
     "bimedix_request_seconds",
     "Seconds from a request's arrival to its last byte.",
@@ -29,6 +33,13 @@ STORE_SECONDS = Histogram(
     ["step"],
     buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1, 5),
 )
+
+
+def count_cleaned(texts: Iterable[Cleaned]) -> None:
+    """Note what hygiene changed: kinds and numbers, never the text."""
+    for cleaned in texts:
+        for kind, changed in cleaned.counts.items():
+            CLEANED.labels(kind).inc(changed)
 
 
 class CountRequests:

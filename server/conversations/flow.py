@@ -19,8 +19,9 @@ from server.conversations.values import Idempotency, Item, RunningTurn, Turn, Us
 from server.engine import ChatCompletionResponse, Engine, Generated
 from server.errors import ApiError
 from server.language import Language
+from server.language.hygiene import clean
 from server.language.score import observed_language
-from server.metrics import DROPPED_TURNS, REPLY_LANGUAGES, STORE_SECONDS, TURNS
+from server.metrics import DROPPED_TURNS, REPLY_LANGUAGES, STORE_SECONDS, TURNS, count_cleaned
 from server.requests import ChatRequest
 from server.vicuna import Message
 
@@ -149,6 +150,7 @@ async def _unstored(store: Store, ask: Ask) -> RunningTurn:
 async def prepare(live: LiveTurn, ask: Ask, engine: Engine) -> list[Message]:
     """The turn's prompt as chat messages; notes its language and what was dropped. Raises ApiError 400."""
     turn = live.turn
+    count_cleaned(clean(message.value) for message in ask.asked.messages)
     try:
         prompt = compose(turn.history, ask.asked, engine.directives)
     except ValueError as error:

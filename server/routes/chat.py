@@ -15,7 +15,7 @@ from server.language.guide import NO_DIRECTIVES, guide
 from server.language.hygiene import clean
 from server.language.score import observed_language
 from server.limits import CheckedRoute
-from server.metrics import REPLY_LANGUAGES
+from server.metrics import REPLY_LANGUAGES, count_cleaned
 from server.requests import ChatRequest, TextRequest
 from server.routes.chat_turns import answer_turn
 from server.routes.conversations import OnceOnly, Opened, Owner
@@ -35,8 +35,12 @@ async def create_chat_completion(
     if request.conversation is not None:
         return await answer_turn(request, engine, store, owner, once, service(raw_request).settings)
     policy = request.language_policy or service(raw_request).settings.language_policy
+    cleaned = [clean(message["content"]) for message in request.messages]
+    count_cleaned(cleaned)
     try:
-        messages = normalise([{**message, "content": clean(message["content"]).text} for message in request.messages])
+        messages = normalise(
+            [{**message, "content": text} for message, (text, _) in zip(request.messages, cleaned, strict=True)]
+        )
     except ValueError as error:
         raise ApiError(400, str(error), param="messages", code="invalid_value") from None
     directives = engine.directives if policy != "off" else NO_DIRECTIVES

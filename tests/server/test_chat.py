@@ -123,14 +123,20 @@ def test_requested_language_wins(client: openai.OpenAI, question: str, language:
 
 
 def test_reply_languages_are_counted(service: RunningService) -> None:
-    def count() -> float:
-        metrics = httpx.get(f"{service.url}/metrics", timeout=10).text
-        found = re.search(r'bimedix_reply_language_total\{expected="ar",observed="ar"\} (\S+)', metrics)
-        return float(found[1]) if found else 0.0
-
-    before = count()
+    sample = 'bimedix_reply_language_total{expected="ar",observed="ar"}'
+    before = total(service, sample)
     reply(service.client(), ARABIC)
-    assert count() == before + 1
+    assert total(service, sample) == before + 1
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_what_hygiene_changed_is_counted_by_kind(service: RunningService, stored: bool) -> None:
+    client, sample = service.client(), 'bimedix_cleaned_total{kind="bidi"}'
+    conversation = {"conversation": client.conversations.create().id} if stored else {}
+    before = total(service, sample)
+    reply(client, f"{ENGLISH}\u202e\u2066", extra_body=conversation, max_tokens=2)
+    reply(client, ENGLISH, extra_body=conversation, max_tokens=2)
+    assert total(service, sample) == before + 2
 
 
 def test_several_choices(client: openai.OpenAI) -> None:
@@ -207,17 +213,18 @@ def test_a_client_that_leaves_frees_its_slot(service: RunningService, stream: bo
 
 def generated(service: RunningService) -> float:
     """Tokens that the engine has produced."""
-    return total(service, "generation_tokens_total")
+    return total(service, "vllm:generation_tokens_total")
 
 
 def running(service: RunningService) -> float:
     """Requests in the engine."""
-    return total(service, "num_requests_(?:running|waiting)")
+    return total(service, "vllm:num_requests_running") + total(service, "vllm:num_requests_waiting")
 
 
 def total(service: RunningService, name: str) -> float:
-    metrics = httpx.get(f"{service.url}/metrics", timeout=30).text
-    return sum(float(value) for value in re.findall(rf"^vllm:{name}\{{[^}}]*\}} (\S+)", metrics, re.M))
+    """The sum of the service's metrics whose lines begin with `name`, after which labels may follow."""
+    lines = httpx.get(f"{service.url}/metrics", timeout=30).text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if re.match(re.escape(name) + "[ {]", line))
 
 
 def test_user_text_cannot_end_the_reply_early_or_forge_turns(service: RunningService) -> None:
