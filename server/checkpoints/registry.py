@@ -125,9 +125,7 @@ class Registry:
         with self._locked(None):
             path = self.root / _checked(id)
             if id in keep:
-                raise CheckpointError(
-                    f"checkpoint {id} is in use or is what a rollback returns to: activate others first"
-                )
+                raise CheckpointError(f"checkpoint {id} is active or the one before it: activate another first")
             if path.is_symlink() or not path.is_dir():
                 raise UnknownCheckpoint(f"there is no checkpoint {id} in {self.root}")
             self._remember(path)
@@ -144,23 +142,24 @@ class Registry:
                 made = read_checkpoint(folder)
                 if self._is_there(made):
                     return self.get(made.id)
-                for path in (*folder.iterdir(), folder):
+                for path in folder.iterdir():
+                    path.chmod(0o444)
                     _sync(path)
+                _sync(folder)
                 verify(made, None, progress)
                 folder.rename(self.root / made.id)
                 _sync(self.root)
             except OSError as error:
-                raise CheckpointError(f"the checkpoint cannot be written to {self.root}: {error.strerror}") from error
+                raise CheckpointError(f"the checkpoint cannot be written to {self.root}: {error}") from error
         return self.get(made.id)
 
     def _is_there(self, given: Checkpoint) -> bool:
         """Raises CheckpointError when the id stands, or stood, for other content."""
         for folder in (self.root / given.id, self.root / REMOVED / given.id):
-            known = read_checkpoint(folder) if folder.exists() else None
-            if known and not _same(known.manifest, given.manifest):
+            if folder.exists() and not _same(read_checkpoint(folder).manifest, given.manifest):
                 raise CheckpointError(
-                    f"the id {given.id} stands for other content, of {known.manifest.created}: "
-                    "ids are never reused, so give this checkpoint another (`bimedix-train merge --id`)"
+                    f"the id {given.id} stands for other content: ids are never reused, so give this checkpoint "
+                    "another (`bimedix-train merge --id`)"
                 )
         return (self.root / given.id).exists()
 
@@ -171,11 +170,14 @@ class Registry:
         except InvalidCheckpoint:
             return
         kept = self.root / REMOVED / path.name
-        kept.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path / FILE, kept / f"{FILE}.new")
-        _sync(kept / f"{FILE}.new")
-        (kept / f"{FILE}.new").rename(kept / FILE)
-        _sync(kept)
+        if kept.exists():
+            return
+        kept.parent.mkdir(exist_ok=True)
+        with self._incoming() as hidden:
+            shutil.copyfile(path / FILE, hidden / FILE)
+            _sync(hidden / FILE)
+            hidden.rename(kept)
+            _sync(kept.parent)
 
     @contextmanager
     def _incoming(self) -> Iterator[Path]:
@@ -234,7 +236,7 @@ def _copy(checkpoint: Checkpoint, folder: Path, progress: Progress | None) -> No
     for name in (FILE, *checkpoint.manifest.files):
         # O_NOFOLLOW: it was a plain file when it was inspected.
         reading = os.open(checkpoint.path / name, os.O_RDONLY | os.O_NOFOLLOW)
-        writing = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444)
+        writing = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         with open(reading, "rb", buffering=0) as source, open(writing, "wb", buffering=0) as target:
             while piece := source.read(COPY_BYTES):
                 target.write(piece)
