@@ -9,6 +9,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from pydantic import ValidationError
 
+from server.checkpoints.cli import app as checkpoints_app
 from server.conversations.cli import app as conversations_app
 from server.environment import prepare
 from server.language.cli import app as language_app
@@ -22,6 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(checkpoints_app, name="checkpoints")
 app.add_typer(conversations_app, name="conversations")
 app.add_typer(language_app, name="language")
 app.add_typer(latency_app, name="latency")

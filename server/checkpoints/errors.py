@@ -16,4 +16,5 @@ class InvalidCheckpoint(CheckpointError):
 
     def __init__(self, id: str, problems: list[str]) -> None:
         super().__init__(f"checkpoint {id} is refused: {'; '.join(problems)}")
+        self.id = id
         self.problems = problems

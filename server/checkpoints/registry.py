@@ -69,7 +69,12 @@ class Registry:
     def ids(self) -> list[str]:
         """Every name in `root` that could be a checkpoint's, in order, whether or not it can be read."""
         try:
-            return sorted(entry.name for entry in os.scandir(self.root) if _is_id(entry.name) and entry.is_dir())
+            with os.scandir(self.root) as entries:
+                return sorted(
+                    entry.name
+                    for entry in entries
+                    if _is_id(entry.name) and (entry.is_dir(follow_symlinks=False) or entry.is_symlink())
+                )
         except FileNotFoundError:
             raise CheckpointError(f"there is no checkpoint registry at {self.root}: create the directory") from None
         except OSError as error:
@@ -110,10 +115,10 @@ class Registry:
             problems = inspect(given, None)
             if problems:
                 raise InvalidCheckpoint(given.id, problems)
-            return self._take(lambda folder: _copy(given, folder, progress), progress)
+            return self._take(lambda hidden: _copy(given, hidden / given.id, progress), progress)
 
-    def build(self, make: Callable[[Path], None], progress: Progress | None = None) -> Checkpoint:
-        """As `add`, with a checkpoint that `make` writes into the directory it is given, which it has to create."""
+    def build(self, make: Callable[[Path], Path], progress: Progress | None = None) -> Checkpoint:
+        """As `add`, with a checkpoint that `make` writes to a new directory in the one it is given, and returns."""
         with self._locked(progress):
             return self._take(make, progress)
 
@@ -133,12 +138,11 @@ class Registry:
                 path.rename(hidden / id)
                 _sync(self.root)
 
-    def _take(self, make: Callable[[Path], None], progress: Progress | None) -> Checkpoint:
+    def _take(self, make: Callable[[Path], Path], progress: Progress | None) -> Checkpoint:
         """What `make` writes, verified and then moved to its id in one step."""
         with self._incoming() as hidden:
-            folder = hidden / "checkpoint"
             try:
-                make(folder)
+                folder = make(hidden)
                 made = read_checkpoint(folder)
                 if self._is_there(made):
                     return self.get(made.id)
@@ -176,6 +180,7 @@ class Registry:
         with self._incoming() as hidden:
             shutil.copyfile(path / FILE, hidden / FILE)
             _sync(hidden / FILE)
+            hidden.chmod(0o755)
             hidden.rename(kept)
             _sync(kept.parent)
 
@@ -227,7 +232,8 @@ def _same(one: Manifest, other: Manifest) -> bool:
     return one.model_copy(update={"created": other.created}) == other
 
 
-def _copy(checkpoint: Checkpoint, folder: Path, progress: Progress | None) -> None:
+def _copy(checkpoint: Checkpoint, folder: Path, progress: Progress | None) -> Path:
+    """Raises CheckpointError when there is no room, and OSError."""
     total, done = checkpoint.size, 0
     free = shutil.disk_usage(folder.parent).free
     if total > free:
@@ -237,12 +243,13 @@ def _copy(checkpoint: Checkpoint, folder: Path, progress: Progress | None) -> No
         # O_NOFOLLOW: it was a plain file when it was inspected.
         reading = os.open(checkpoint.path / name, os.O_RDONLY | os.O_NOFOLLOW)
         writing = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        with open(reading, "rb", buffering=0) as source, open(writing, "wb", buffering=0) as target:
+        with open(reading, "rb", buffering=0) as source, open(writing, "wb") as target:
             while piece := source.read(COPY_BYTES):
                 target.write(piece)
                 done += len(piece)
                 if progress:
                     progress("copying", done, total)
+    return folder
 
 
 def _sync(path: Path) -> None:

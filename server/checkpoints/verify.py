@@ -90,9 +90,13 @@ class Contents:
         listed = self.manifest.files.keys() | {FILE}
         plain: set[str] = set()
         odd: set[str] = set()
-        with os.scandir(self.directory) as entries:
-            for entry in entries:
-                (plain if entry.is_file(follow_symlinks=False) else odd).add(entry.name)
+        try:
+            with os.scandir(self.directory) as entries:
+                for entry in entries:
+                    (plain if entry.is_file(follow_symlinks=False) else odd).add(entry.name)
+        except OSError as error:
+            self.problems.append(f"it cannot be read: {error}")
+            return []
         self.problems += [f"{name!r} is a link or a directory: put the file itself there" for name in sorted(odd)]
         self.problems += [f"{name!r} is missing" for name in sorted(listed - plain - odd)]
         self.problems += [f"{name!r} is not in its manifest" for name in sorted(plain - listed)]

@@ -1,0 +1,153 @@
+"""`bimedix checkpoints`: what is in the registry, and bringing checkpoints into it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from server.checkpoints.errors import CheckpointError, InvalidCheckpoint
+
+if TYPE_CHECKING:
+    from server.checkpoints.registry import Checkpoint, Registry
+
+app = typer.Typer(help="Keep the checkpoints that a service can be given.", no_args_is_help=True)
+
+Root = Annotated[
+    Path | None,
+    typer.Option("--checkpoints", envvar="BIMEDIX_CHECKPOINTS", metavar="DIR", help="Directory of the checkpoints."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="End with one line of JSON.")]
+Id = Annotated[str, typer.Argument(metavar="ID", help="As `list` shows it.")]
+
+
+@app.command("list")
+def list_command(checkpoints: Root = None, as_json: AsJson = False) -> None:
+    """The checkpoints of the registry, oldest first."""
+    with _faults():
+        registry = _registry(checkpoints)
+        found = registry.list()
+        broken = sorted(set(registry.ids()) - {checkpoint.id for checkpoint in found})
+        rows = [
+            (each.id, each.manifest.created, f"{each.size / 1e9:.3f} GB", each.manifest.description) for each in found
+        ]
+    lines = [f"{id:<32}{created:<28}{size:>12}  {description}" for id, created, size, description in rows]
+    lines += [f"{id:<32}cannot be read: see `bimedix checkpoints show {id}`" for id in broken]
+    text = "\n".join(lines) or f"There is no checkpoint in {registry.root}: `bimedix checkpoints add` brings one in."
+    _report(as_json, text, checkpoints=[_described(checkpoint) for checkpoint in found], unreadable=broken)
+
+
+@app.command()
+def show(id: Id, checkpoints: Root = None, as_json: AsJson = False) -> None:
+    """What the manifest of one checkpoint says."""
+    with _faults():
+        described = _described(_registry(checkpoints).get(id))
+    text = "\n".join(f"{name:<16}{_plain(value)}" for name, value in described.items() if name != "files")
+    digests = [f"{digest}  {name}" for name, digest in described["files"].items()]
+    _report(as_json, "\n".join([text, "", *digests]), **described)
+
+
+@app.command("verify")
+def verify_command(
+    target: Annotated[str, typer.Argument(metavar="ID|DIR", help="In the registry, or any checkpoint directory.")],
+    serving: Annotated[
+        Path | None,
+        typer.Option(help="Checkpoint directory that a service runs: could this one replace it while it runs?"),
+    ] = None,
+    checkpoints: Root = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check every byte: hashes, names, shapes and values of all tensors, and nothing that runs code."""
+    from server.checkpoints.progress import shown
+    from server.checkpoints.registry import read_checkpoint
+    from server.checkpoints.verify import verify
+
+    with _faults(as_json):
+        directory = Path(target)
+        in_registry = checkpoints is not None and "/" not in target and (checkpoints / target).is_dir()
+        if not in_registry and not directory.is_dir():
+            raise typer.BadParameter(f"{target} is neither in the registry nor a directory", param_hint="ID|DIR")
+        checkpoint = _registry(checkpoints).get(target) if in_registry else read_checkpoint(directory)
+        size, started = checkpoint.size, time.monotonic()
+        with shown() as progress:
+            verify(checkpoint, serving, progress)
+        seconds = time.monotonic() - started
+    text = (
+        f"{checkpoint.id} is what its manifest says: {size:,} bytes in {seconds:.1f} s, {size / 1e9 / seconds:.2f} GB/s"
+    )
+    _report(as_json, text, id=checkpoint.id, path=str(checkpoint.path), problems=[], bytes=size, seconds=seconds)
+
+
+@app.command()
+def add(
+    source: Annotated[
+        Path, typer.Argument(exists=True, file_okay=False, help="Checkpoint directory, or an adapter of `tune`.")
+    ],
+    base: Annotated[str | None, typer.Option(help="What an adapter is merged into; it names its base itself.")] = None,
+    id: Annotated[str | None, typer.Option(help="The id that a merged adapter gets.")] = None,
+    checkpoints: Root = None,
+    as_json: AsJson = False,
+) -> None:
+    """Copy a checkpoint into the registry, verified; an adapter is merged first."""
+    from server.checkpoints.adapters import is_adapter, merge
+    from server.checkpoints.progress import shown
+
+    merging = is_adapter(source)
+    if not merging and (base or id):
+        raise typer.BadParameter(f"{source} is no adapter: --base and --id are for merging one", param_hint="SOURCE")
+    with _faults(as_json), shown() as progress:
+        registry = _registry(checkpoints)
+        if merging:
+            added = registry.build(lambda parent: merge(source, parent, base, id), progress)
+        else:
+            added = registry.add(source, progress)
+    _report(as_json, f"{added.id} is in {registry.root}.", **_described(added))
+
+
+@app.command()
+def remove(id: Id, checkpoints: Root = None, as_json: AsJson = False) -> None:
+    """Delete a checkpoint for good. Its id stays bound to what it was."""
+    with _faults(as_json):
+        _registry(checkpoints).remove(id, set())
+    _report(as_json, f"{id} is removed.", removed=id)
+
+
+def _registry(root: Path | None) -> Registry:
+    from server.checkpoints.registry import Registry
+
+    if root is None:
+        raise typer.BadParameter("name the directory of the checkpoints", param_hint="--checkpoints")
+    return Registry(root)
+
+
+@contextmanager
+def _faults(as_json: bool = False) -> Iterator[None]:
+    """What can be put right, as lines that say how."""
+    try:
+        yield
+    except InvalidCheckpoint as error:
+        typer.echo("\n- ".join([f"Checkpoint {error.id} is refused:", *error.problems]), err=True)
+        if as_json:
+            typer.echo(json.dumps({"id": error.id, "problems": error.problems}))
+        raise typer.Exit(1) from None
+    except CheckpointError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
+
+
+def _described(checkpoint: Checkpoint) -> dict[str, Any]:
+    manifest = checkpoint.manifest.model_dump(mode="json")
+    return {"id": checkpoint.id, "path": str(checkpoint.path), "bytes": checkpoint.size, **manifest}
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _report(as_json: bool, text: str, **values: Any) -> None:
+    typer.echo(json.dumps(values, ensure_ascii=False) if as_json else text)
