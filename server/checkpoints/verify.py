@@ -14,7 +14,7 @@ from server.checkpoints.architecture import expected_tensors
 from server.checkpoints.documents import read_document
 from server.checkpoints.errors import InvalidCheckpoint
 from server.checkpoints.manifest import FILE, sha256
-from server.checkpoints.shards import Tensor, read_header, read_through
+from server.checkpoints.shards import read_header, read_through
 
 if TYPE_CHECKING:
     from server.checkpoints.registry import Checkpoint
@@ -82,9 +82,13 @@ class Contents:
         shards = [name for name in self.files if SHARD.fullmatch(name)]
         self.documents = dict(self._each(documents, read_document))
         self.headers = dict(self._each(shards, read_header))
-        self.problems += [*_redirections(self.documents), *_index_problems(self.documents.get(INDEX), self.headers)]
-        if len(self.headers) == len(shards):
-            self.problems += self._misfits()
+        self.problems += _redirections(self.documents)
+        places = self._places()
+        if INDEX not in self.files and shards != [WEIGHTS]:
+            self.problems.append(f"without {INDEX} there has to be {WEIGHTS} and no other shard")
+        # A shard that cannot be read says nothing of its tensors.
+        if self.headers.keys() == {name for name in self.manifest.files if SHARD.fullmatch(name)}:
+            self.problems += [*(self._misplaced(places) if places else ()), *self._misfits()]
 
     def _files(self) -> list[str]:
         listed = self.manifest.files.keys() | {FILE}
@@ -116,6 +120,22 @@ class Contents:
             except (OSError, ValueError) as error:
                 self.problems.append(f"{name} cannot be read: {error}")
 
+    def _places(self) -> dict[str, str] | None:
+        """Where the index says each tensor is; None where there is no index, or none that says it."""
+        if INDEX not in self.documents:
+            return None
+        places = self.documents[INDEX].get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+            self.problems.append(f"{INDEX} has no weight_map of tensor names to file names")
+            return None
+        strange = {repr(file) for file in places.values() if not SHARD.fullmatch(file)}
+        self.problems += _some(f"files in {INDEX} that are no shard's name", strange)
+        return places
+
+    def _misplaced(self, places: dict[str, str]) -> Iterator[str]:
+        found = {(tensor.name, file) for file, tensors in self.headers.items() for tensor in tensors}
+        yield from _some(f"tensors that are not where {INDEX} says", {name for name, _ in places.items() ^ found})
+
     def _misfits(self) -> Iterator[str]:
         """Tensors that are not those of the configuration, all in the type that the manifest names."""
         found = {tensor.name: tensor for tensors in self.headers.values() for tensor in tensors}
@@ -127,18 +147,18 @@ class Contents:
             yield f"{CONFIG} is not that of a checkpoint for this service: {error}"
             return
         dtype = DTYPES[self.manifest.dtype]
-        yield from _some("tensors are missing", expected.keys() - found.keys())
-        yield from _some("tensors are too many", found.keys() - expected.keys())
+        yield from _some("missing tensors", expected.keys() - found.keys())
+        yield from _some("tensors too many", found.keys() - expected.keys())
         common = expected.keys() & found.keys()
         yield from _some(
-            f"tensors have another shape than {CONFIG} gives them",
+            f"tensors of another shape than {CONFIG} gives them",
             [
                 f"{name} {list(found[name].shape)} for {list(expected[name])}"
                 for name in common
                 if found[name].shape != expected[name]
             ],
         )
-        yield from _some(f"tensors are not {dtype}", [name for name in common if found[name].dtype != dtype])
+        yield from _some(f"tensors that are not {dtype}", [name for name in common if found[name].dtype != dtype])
 
 
 def _is_expected(name: str) -> bool:
@@ -149,7 +169,7 @@ def _some(what: str, names: Collection[str]) -> Iterator[str]:
     """One problem for many of a kind, which names the first few."""
     if names:
         more = ", ..." if len(names) > NAMED else ""
-        yield f"{len(names)} {what}: {', '.join(sorted(names)[:NAMED])}{more}"
+        yield f"{what} ({len(names)}): {', '.join(sorted(names)[:NAMED])}{more}"
 
 
 def _redirections(documents: dict[str, dict[str, Any]]) -> Iterator[str]:
@@ -164,23 +184,6 @@ def _keys(value: Any) -> Iterator[str]:
         yield from value
     for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         yield from _keys(inner)
-
-
-def _index_problems(index: dict[str, Any] | None, headers: dict[str, list[Tensor]]) -> Iterator[str]:
-    """Loaders take the tensors from where the index says they are, or from one file without an index."""
-    if index is None:
-        if set(headers) != {WEIGHTS}:
-            yield f"without {INDEX} there has to be {WEIGHTS} and no other shard"
-        return
-    mapped = index.get("weight_map")
-    if not isinstance(mapped, dict) or not all(isinstance(file, str) for file in mapped.values()):
-        yield f"{INDEX} has no weight_map of tensor names to file names"
-        return
-    yield from _some(
-        f"files in {INDEX} have no shard's name", {repr(f) for f in mapped.values() if not SHARD.fullmatch(f)}
-    )
-    places = [(tensor.name, file) for file, tensors in headers.items() for tensor in tensors]
-    yield from _some(f"tensors are not where {INDEX} says", {name for name, _ in mapped.items() ^ set(places)})
 
 
 def _differences(contents: Contents, serving: Path | None) -> Iterator[str]:
@@ -224,7 +227,7 @@ def _read_all(contents: Contents, progress: Progress | None) -> list[str]:
         except (OSError, EOFError) as error:
             return [f"{name} cannot be read: {error}"]
         changed = [] if digest == listed[name] else [f"{name} is not the file that its manifest names: copy it again"]
-        return [*changed, *_some(f"tensors in {name} hold NaN or infinity", faulty)]
+        return [*changed, *_some(f"tensors with NaN or infinity in {name}", faulty)]
 
     pool = ThreadPoolExecutor(WORKERS)
     try:
