@@ -33,13 +33,15 @@ def list_command(checkpoints: Root = None, as_json: AsJson = False) -> None:
         registry = _registry(checkpoints)
         found = registry.list()
         broken = sorted(set(registry.ids()) - {checkpoint.id for checkpoint in found})
-        rows = [
-            (each.id, each.manifest.created, f"{each.size / 1e9:.3f} GB", each.manifest.description) for each in found
-        ]
-    lines = [f"{id:<32}{created:<28}{size:>12}  {description}" for id, created, size, description in rows]
-    lines += [f"{id:<32}cannot be read: see `bimedix checkpoints show {id}`" for id in broken]
+        described = [_described(checkpoint) for checkpoint in found]
+    width = max(map(len, registry.ids()), default=0)
+    lines = [
+        f"{one['id']:<{width}}  {one['created']}  {one['bytes'] / 1e9:8.3f} GB  {one['description']}"
+        for one in described
+    ]
+    lines += [f"{id:<{width}}  cannot be used: see `bimedix checkpoints show {id}`" for id in broken]
     text = "\n".join(lines) or f"There is no checkpoint in {registry.root}: `bimedix checkpoints add` brings one in."
-    _report(as_json, text, checkpoints=[_described(checkpoint) for checkpoint in found], unreadable=broken)
+    _report(as_json, text, checkpoints=described, unusable=broken)
 
 
 @app.command()
@@ -99,7 +101,7 @@ def add(
 
     merging = is_adapter(source)
     if not merging and (base or id):
-        raise typer.BadParameter(f"{source} is no adapter: --base and --id are for merging one", param_hint="SOURCE")
+        raise typer.BadParameter("--base and --id are for merging, and this is no adapter", param_hint="SOURCE")
     with _faults(as_json), shown() as progress:
         registry = _registry(checkpoints)
         if merging:

@@ -31,7 +31,7 @@ def _lines() -> Progress:
     def progress(step: str, done: int, total: int) -> None:
         if step not in said:
             said.add(step)
-            typer.echo(f"{step} {total / 1e9:,.3f} GB" if total else step, err=True)
+            typer.echo(f"{step}: {total:,} bytes" if total else step, err=True)
 
     return progress
 

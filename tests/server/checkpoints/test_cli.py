@@ -1,0 +1,120 @@
+"""`bimedix checkpoints` on a registry, without a service."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from server.checkpoints.manifest import FILE
+from server.cli import app
+from tests.server.checkpoints.small import SHARD, change, make_checkpoint, sign
+
+
+@pytest.fixture
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    root = tmp_path / "registry"
+    root.mkdir()
+    monkeypatch.setenv("BIMEDIX_CHECKPOINTS", str(root))
+    return root
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    return make_checkpoint(tmp_path / "small")
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, ["checkpoints", *map(str, arguments)])
+
+
+def last_line(result: Result) -> Any:
+    assert len(result.stdout.splitlines()) == 1
+    return json.loads(result.stdout)
+
+
+def test_from_adding_to_removing(registry: Path, small: Path) -> None:
+    assert "There is no checkpoint in" in run("list").stdout
+    added = run("add", small, "--json")
+    assert added.exit_code == 0
+    assert [line.split(": ")[0] for line in added.stderr.splitlines()] == ["copying", "verifying"]
+    assert last_line(added)["path"] == str(registry / "small-1")
+    assert run("list").stdout.startswith("small-1  20")
+    (only,) = last_line(run("list", "--json"))["checkpoints"]
+    assert only == last_line(run("show", "small-1", "--json")) == last_line(added)
+    assert SHARD in run("show", "small-1").stdout
+    assert "small-1 is what its manifest says: " in run("verify", "small-1").stdout
+    assert last_line(run("verify", "small-1", "--json"))["problems"] == []
+    assert run("remove", "small-1").stdout == "small-1 is removed.\n"
+    assert os.listdir(registry / ".removed") == ["small-1"]
+    assert last_line(run("list", "--json")) == {"checkpoints": [], "unusable": []}
+
+
+def test_a_directory_is_verified_without_a_registry(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BIMEDIX_CHECKPOINTS", raising=False)
+    assert run("verify", small).exit_code == 0
+    assert run("verify", small, "--serving", small).exit_code == 0
+    result = run("list")
+    assert (result.exit_code, "--checkpoints" in result.stderr) == (2, True)
+
+
+def test_every_problem_is_a_line(small: Path) -> None:
+    (small / "model.bin").touch()
+    change(small / "config.json", auto_map={})
+    result = run("verify", small, "--json")
+    assert result.exit_code == 1
+    assert len(last_line(result)["problems"]) == 4
+    lines = result.stderr.splitlines()
+    assert lines[-5] == "Checkpoint small-1 is refused:"
+    assert [line[:2] for line in lines[-4:]] == ["- "] * 4
+
+
+def test_another_tokenizer_is_no_swap(small: Path, tmp_path: Path) -> None:
+    other = make_checkpoint(tmp_path / "other", "small-2")
+    change(other / "tokenizer.json", version="2.0")
+    result = run("verify", sign(other), "--serving", small)
+    assert (result.exit_code, "start new replicas with this checkpoint" in result.stderr) == (1, True)
+
+
+def test_a_broken_checkpoint_hides_no_other(registry: Path, small: Path) -> None:
+    run("add", small)
+    (registry / "broken").mkdir()
+    listed = run("list")
+    assert listed.exit_code == 0
+    assert "broken   cannot be used: see `bimedix checkpoints show broken`" in listed.stdout
+    shown = run("show", "broken")
+    assert (shown.exit_code, f"has no manifest {FILE}" in shown.stderr) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "reason"),
+    [
+        (["show", "small-9"], 1, "there is no checkpoint small-9"),
+        (["show", "../x"], 1, "is no checkpoint id"),
+        (["verify", "small-9"], 2, "neither in the registry nor a directory"),
+        (["remove", "small-9"], 1, "there is no checkpoint small-9"),
+        (["add", "no-such-directory"], 2, "does not exist"),
+    ],
+)
+def test_what_is_asked_wrongly(registry: Path, arguments: list[str], code: int, reason: str) -> None:
+    result = run(*arguments)
+    assert (result.exit_code, reason in " ".join(result.stderr.split())) == (code, True), result.stderr
+
+
+def test_merging_is_for_adapters(registry: Path, small: Path) -> None:
+    result = run("add", small, "--base", "somewhere")
+    assert (result.exit_code, "--base and --id are for merging" in result.stderr) == (2, True)
+
+
+def test_merging_without_the_tools_for_it(registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "peft", None)  # As Python has it where it is not installed.
+    result = run("add", tmp_path)
+    assert result.exit_code == 1
+    assert "install bimedix[train], or run `bimedix-train merge" in result.stderr
+    assert [path.name for path in registry.iterdir()] == [".lock"]
