@@ -40,6 +40,11 @@ def content(directory: Path) -> dict[str, str]:
     return {path.name: sha256(path) for path in directory.iterdir()}
 
 
+def instead(path: Path, make: Callable[[], None]) -> None:
+    path.unlink()
+    make()
+
+
 def test_added_checkpoints_are_listed_and_found(registry: Registry, tmp_path: Path) -> None:
     assert registry.list() == []
     for number in (2, 1):
@@ -93,9 +98,9 @@ def test_a_directory_under_another_name_than_its_id(registry: Registry, small: P
         lambda manifest: manifest.write_text('{"id": "small-1"}'),
         lambda manifest: change(manifest, surprise=True),
         lambda manifest: change(manifest, id="../small-1"),
-        lambda manifest: (manifest.unlink(), manifest.symlink_to("/dev/zero")),
-        lambda manifest: (manifest.unlink(), os.mkfifo(manifest)),
-        lambda manifest: (manifest.unlink(), manifest.mkdir()),
+        lambda manifest: instead(manifest, lambda: manifest.symlink_to("/dev/zero")),
+        lambda manifest: instead(manifest, lambda: os.mkfifo(manifest)),
+        lambda manifest: instead(manifest, manifest.mkdir),
     ],
 )
 def test_a_manifest_that_cannot_be_read(registry: Registry, small: Path, spoil: Callable[[Path], object]) -> None:
