@@ -15,7 +15,7 @@ def expected_tensors(config: dict[str, Any]) -> dict[str, Shape]:
     """Name to shape under the published names. Raises ValueError where the configuration is not a plain Mixtral's."""
     if config.get("model_type") != "mixtral" or config.get("architectures") != ["MixtralForCausalLM"]:
         raise ValueError(
-            f"it describes {config.get('architectures')!r} of type {config.get('model_type')!r}, "
+            f"it describes {config.get('architectures')!a:.80} of type {config.get('model_type')!a:.80}, "
             "and only MixtralForCausalLM of type 'mixtral' is served"
         )
     if config.get("quantization_config") is not None:
@@ -51,5 +51,5 @@ def _tensors(config: dict[str, Any]) -> Iterator[tuple[str, Shape]]:
 def _count(config: dict[str, Any], key: str) -> int:
     value = config.get(key)
     if type(value) is not int or not 0 < value < LARGEST:
-        raise ValueError(f"{key} is {value!r:.40}")
+        raise ValueError(f"{key} is {value!a:.40}")
     return value

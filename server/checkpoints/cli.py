@@ -36,7 +36,7 @@ def list_command(checkpoints: Root = None, as_json: AsJson = False) -> None:
         described = [_described(checkpoint) for checkpoint in found]
     width = max(map(len, registry.ids()), default=0)
     lines = [
-        f"{one['id']:<{width}}  {one['created']}  {one['bytes'] / 1e9:8.3f} GB  {one['description']}"
+        f"{one['id']:<{width}}  {one['created']}  {one['bytes'] / 1e9:8.3f} GB  {_plain(one['description'])}"
         for one in described
     ]
     lines += [f"{id:<{width}}  cannot be used: see `bimedix checkpoints show {id}`" for id in broken]
@@ -59,7 +59,11 @@ def verify_command(
     target: Annotated[str, typer.Argument(metavar="ID|DIR", help="In the registry, or any checkpoint directory.")],
     serving: Annotated[
         Path | None,
-        typer.Option(help="Checkpoint directory that a service runs: could this one replace it while it runs?"),
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            help="Checkpoint directory that a service runs: could this one replace it while it runs?",
+        ),
     ] = None,
     checkpoints: Root = None,
     as_json: AsJson = False,
@@ -148,7 +152,8 @@ def _described(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    """As people read it, on one line whatever it holds."""
+    return value if isinstance(value, str) and value.isprintable() else json.dumps(value, ensure_ascii=False)
 
 
 def _report(as_json: bool, text: str, **values: Any) -> None:

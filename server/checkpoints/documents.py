@@ -36,7 +36,7 @@ def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
         (repeated, _), *_ = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {repeated!r} is repeated")
+        raise ValueError(f"the key {repeated!a:.80} is repeated")
     return made
 
 

@@ -53,7 +53,7 @@ def read_header(path: Path) -> list[Tensor]:
     for tensor in tensors:
         if tensor.begin != at:
             fault = "overlaps the tensor before it" if tensor.begin < at else "follows a gap"
-            raise ValueError(f"{tensor.name!r} {fault}")
+            raise ValueError(f"{tensor.name!a:.80} {fault}")
         at = tensor.end
     if at != size:
         raise ValueError(f"its header describes {at:,} bytes and it has {size:,}")
@@ -62,16 +62,16 @@ def read_header(path: Path) -> list[Tensor]:
 
 def _tensor(name: str, entry: Any, start: int) -> Tensor:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"{name!r} has no dtype, shape and data_offsets")
+        raise ValueError(f"{name!a:.80} has no dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in INFINITY:
-        raise ValueError(f"{name!r} is of type {dtype!r}; only {', '.join(INFINITY)} are served")
+        raise ValueError(f"{name!a:.80} is of type {dtype!a:.80}; only {', '.join(INFINITY)} are served")
     if not _counts(shape) or len(shape) > 2:
-        raise ValueError(f"{name!r} has a shape that no weight of Mixtral has")
+        raise ValueError(f"{name!a:.80} has a shape that no weight of Mixtral has")
     if not _counts(offsets) or len(offsets) != 2:
-        raise ValueError(f"{name!r} has offsets that are not two numbers")
+        raise ValueError(f"{name!a:.80} has offsets that are not two numbers")
     if offsets[1] - offsets[0] != prod(shape) * INFINITY[dtype][0]:
-        raise ValueError(f"{name!r} has offsets that do not fit its shape")
+        raise ValueError(f"{name!a:.80} has offsets that do not fit its shape")
     return Tensor(name, dtype, tuple(shape), start + offsets[0], start + offsets[1])
 
 

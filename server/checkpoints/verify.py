@@ -48,6 +48,7 @@ PROVENANCE = ("_name_or_path", "transformers_version")
 """What a configuration says of its origin, and not of the model."""
 
 NAMED = 3
+LONGEST_NAME = 120
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
@@ -166,10 +167,10 @@ def _is_expected(name: str) -> bool:
 
 
 def _some(what: str, names: Collection[str]) -> Iterator[str]:
-    """One problem for many of a kind, which names the first few."""
+    """One problem for many of a kind, which names the first few; names can be anything."""
     if names:
-        more = ", ..." if len(names) > NAMED else ""
-        yield f"{what} ({len(names)}): {', '.join(sorted(names)[:NAMED])}{more}"
+        first = [name[:LONGEST_NAME] if name.isprintable() else ascii(name)[:LONGEST_NAME] for name in sorted(names)]
+        yield f"{what} ({len(names)}): {', '.join(first[:NAMED])}{', ...' if len(names) > NAMED else ''}"
 
 
 def _redirections(documents: dict[str, dict[str, Any]]) -> Iterator[str]:
@@ -180,10 +181,14 @@ def _redirections(documents: dict[str, dict[str, Any]]) -> Iterator[str]:
 
 def _keys(value: Any) -> Iterator[str]:
     """Every key at any depth."""
-    if isinstance(value, dict):
-        yield from value
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from _keys(inner)
+    left = [value]
+    while left:
+        inner = left.pop()
+        if isinstance(inner, dict):
+            yield from inner
+            left.extend(inner.values())
+        elif isinstance(inner, list):
+            left.extend(inner)
 
 
 def _differences(contents: Contents, serving: Path | None) -> Iterator[str]:
@@ -207,7 +212,7 @@ def _alike(one: Path | None, other: Path) -> bool:
         return one is None and not other.is_file()
     try:
         return sha256(one) == sha256(other) or (one.suffix == ".json" and _meaning(one) == _meaning(other))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
 
 

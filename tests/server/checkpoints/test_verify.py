@@ -229,6 +229,13 @@ def put(name: str, dtype: str = "BF16", *shape: int) -> Callable[[Path], None]:
     return spoil
 
 
+def test_names_are_shown_so_that_they_can_be(small: Path) -> None:
+    """A tensor's name may hold what clears a terminal, or what no encoding has."""
+    tensors = read_shard(small / SHARD)
+    write_shard(small / SHARD, {**tensors, "\x1b[2J": ("BF16", (0,), b""), "\ud800": ("BF16", (0,), b"")})
+    assert only_problem(sign(small)) == r"tensors too many (2): '\x1b[2J', '\ud800'"
+
+
 def set_key(file: str, **values: Any) -> Callable[[Path], None]:
     return lambda directory: change(directory / file, **values)
 
@@ -442,6 +449,15 @@ def test_malformed_json(small: Path, name: str, text: bytes, reason: str) -> Non
     problem = only_problem(sign(small))
     assert problem.startswith(f"{name} cannot be read: ")
     assert reason in problem
+
+
+def test_json_that_is_nested_as_deeply_as_can_be_read(small: Path, tmp_path: Path) -> None:
+    other = make_checkpoint(tmp_path / "other")
+    deep = '{"a": ' * 400 + "1" + "}" * 400
+    for directory in (small, other):
+        (directory / "tokenizer_config.json").write_text(deep + " " * (directory == other))
+        sign(directory)
+    verify(read_checkpoint(other), small)
 
 
 def test_a_manifest_whose_keys_repeat(small: Path) -> None:
