@@ -116,10 +116,19 @@ def add(
 
 
 @app.command()
-def remove(id: Id, checkpoints: Root = None, as_json: AsJson = False) -> None:
+def remove(
+    id: Id,
+    checkpoints: Root = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask whether it is in use.")] = False,
+    as_json: AsJson = False,
+) -> None:
     """Delete a checkpoint for good. Its id stays bound to what it was."""
     with _faults(as_json):
-        _registry(checkpoints).remove(id, set())
+        registry = _registry(checkpoints)
+        if not yes:
+            # Without the service nobody knows.
+            typer.confirm(f"Is {id} neither in service nor what a service would go back to?", abort=True, err=True)
+        registry.remove(id, set())
     _report(as_json, f"{id} is removed.", removed=id)
 
 

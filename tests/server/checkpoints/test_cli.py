@@ -50,7 +50,8 @@ def test_from_adding_to_removing(registry: Path, small: Path) -> None:
     assert SHARD in run("show", "small-1").stdout
     assert "small-1 is what its manifest says: " in run("verify", "small-1").stdout
     assert last_line(run("verify", "small-1", "--json"))["problems"] == []
-    assert run("remove", "small-1").stdout == "small-1 is removed.\n"
+    assert run("remove", "small-1").exit_code == 1, "nobody said that it is not in use"
+    assert run("remove", "small-1", "--yes").stdout == "small-1 is removed.\n"
     assert os.listdir(registry / ".removed") == ["small-1"]
     assert last_line(run("list", "--json")) == {"checkpoints": [], "unusable": []}
 
@@ -97,7 +98,7 @@ def test_a_broken_checkpoint_hides_no_other(registry: Path, small: Path) -> None
         (["show", "small-9"], 1, "there is no checkpoint small-9"),
         (["show", "../x"], 1, "is no checkpoint id"),
         (["verify", "small-9"], 2, "neither in the registry nor a directory"),
-        (["remove", "small-9"], 1, "there is no checkpoint small-9"),
+        (["remove", "small-9", "--yes"], 1, "there is no checkpoint small-9"),
         (["add", "no-such-directory"], 2, "does not exist"),
     ],
 )
