@@ -16,7 +16,7 @@ from server.checkpoints.registry import Registry
 from server.checkpoints.verify import Progress
 from tests.server.checkpoints.small import SHARD, change, make_checkpoint, sign
 
-PATIENCE = 60
+PATIENCE = 200
 """Seconds after which something that has to happen is taken not to."""
 
 
