@@ -12,48 +12,16 @@ from pathlib import Path
 from types import FrameType
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from server.app import create_app
 from server.checkpoints.manifest import read_manifest
 from server.conversations.errors import StoreError
 from server.engine import parse_engine_flags
+from server.protocol import BoundedHttpProtocol
 from server.service import Service
 from server.settings import EMBEDDED_CHECKPOINT, Settings
 
 log = logging.getLogger("bimedix")
-
-
-class LingeringH11Protocol(H11Protocol):
-    """Uvicorn's HTTP/1.1, except that a refused client gets to read the refusal.
-
-    Closing at once, while the client still sends its overlong header, resets the connection under the response.
-    """
-
-    LINGER_SECONDS = 1.0
-    refused = False
-
-    def data_received(self, data: bytes) -> None:
-        if not self.refused:
-            super().data_received(data)
-
-    def send_400_response(self, msg: str) -> None:
-        self.refused = True
-        transport = self.transport
-        self.transport = _Unclosable(transport)  # type: ignore[assignment]
-        super().send_400_response(msg)
-        self.transport = transport
-        self.loop.call_later(self.LINGER_SECONDS, transport.close)
-
-
-class _Unclosable:
-    """A transport that is written to but not closed."""
-
-    def __init__(self, transport: asyncio.Transport) -> None:
-        self.write = transport.write
-
-    def close(self) -> None:
-        pass
 
 
 class DrainingServer(uvicorn.Server):
@@ -92,8 +60,7 @@ def run(settings: Settings) -> int:
         app,
         host=settings.host,
         port=settings.port,
-        # h11 bounds the size of headers; uvicorn's other parser does not.
-        http=LingeringH11Protocol,
+        http=BoundedHttpProtocol,
         access_log=False,
         log_level="warning",
         timeout_graceful_shutdown=max(1, int(settings.drain_seconds)),

@@ -39,6 +39,11 @@ class RunningService:
         CLIENTS.append(openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=60))
         return CLIENTS[-1]
 
+    @property
+    def address(self) -> tuple[str, int]:
+        host, _, port = self.url.removeprefix("http://").rpartition(":")
+        return host, int(port)
+
     def wait_until_ready(self) -> None:
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
