@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import threading
 from collections.abc import Callable
 from itertools import pairwise
@@ -207,6 +208,23 @@ def test_progress_that_raises_ends_it(sharded: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         verify(read_checkpoint(sharded), None, progress)
     assert threading.active_count() == before
+
+
+def test_ctrl_c_does_not_wait_for_the_rest(small: Path) -> None:
+    (small / "README.md").touch()
+    sign(small)
+    os.truncate(small / "README.md", 16 << 30)
+    seen: list[int] = []
+
+    def progress(step: str, done: int, total: int) -> None:
+        if not seen:
+            os.kill(os.getpid(), signal.SIGINT)
+        seen.append(done)
+        assert total > 16 << 30
+
+    with pytest.raises(KeyboardInterrupt):
+        verify(read_checkpoint(small), None, progress)
+    assert seen[-1] < 16 << 30
 
 
 # Tensors that are not those of the configuration.
