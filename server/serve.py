@@ -14,6 +14,7 @@ from types import FrameType
 import uvicorn
 
 from server.app import create_app
+from server.checkpoints.errors import CheckpointError
 from server.checkpoints.manifest import read_manifest
 from server.conversations.errors import StoreError
 from server.engine import parse_engine_flags
@@ -77,7 +78,7 @@ def stop_if_failed(server: DrainingServer, task: asyncio.Task[None]) -> None:
     """End the process when the engine or the store could not start: a supervisor restarts it, and a person sees why."""
     if not task.cancelled() and (error := task.exception()):
         server.service.failed = True
-        reason = str(error) if isinstance(error, StoreError) else f"the engine did not start: {error}"
+        reason = str(error) if isinstance(error, StoreError | CheckpointError) else f"the engine did not start: {error}"
         print(f"bimedix: {reason}", file=sys.stderr, flush=True)
         server.should_exit = True
 
