@@ -11,10 +11,16 @@ from importlib.metadata import version
 from fastapi import FastAPI
 
 from server import engine, errors, metrics
+from server.checkpoints.activate import Activator, Catalogue, Stopped
+from server.checkpoints.gate import read_canaries
+from server.checkpoints.registry import Registry
+from server.checkpoints.replica import Follower, starting_point
+from server.checkpoints.serving import read_serving
 from server.conversations import problems
 from server.conversations.errors import StoreUnavailable
 from server.conversations.store import Store
-from server.routes import chat, conversations, health, responses
+from server.engine import Engine
+from server.routes import admin, chat, conversations, health, responses
 from server.service import Service
 from server.settings import Settings
 
@@ -29,6 +35,7 @@ DESCRIPTION = (
 def create_app(settings: Settings, on_ready: Callable[[Service], None] | None = None) -> FastAPI:
     """The application. It answers /health while the engine loads; `on_ready` is called once the engine answers."""
     service = Service(settings)
+    read_canaries(settings.canaries)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -48,6 +55,7 @@ def create_app(settings: Settings, on_ready: Callable[[Service], None] | None = 
     app.state.service = service
     app.state.settings = settings
     app.state.keys = settings.keys
+    app.state.administrators = settings.administrators
     app.state.on_engine_end = lambda task: None
     app.add_middleware(metrics.CountRequests)
     errors.install(app)
@@ -55,21 +63,64 @@ def create_app(settings: Settings, on_ready: Callable[[Service], None] | None = 
     app.include_router(chat.router)
     app.include_router(responses.router)
     app.include_router(conversations.router)
+    app.include_router(admin.router)
     app.include_router(health.router)
     health.add_docs(app)
     return app
 
 
 async def hold_engine(service: Service, stop: asyncio.Event, on_ready: Callable[[Service], None] | None) -> None:
-    """Open the store, start the engine, hand it to `service` when it answers, and keep both until `stop`."""
-    async with opened(service.store), engine.start(service.settings) as started:
-        if not await started.answers():
-            raise RuntimeError("the engine started but does not answer")
-        service.engine = started
-        if on_ready:
-            on_ready(service)
-        await stop.wait()
-        service.engine = None
+    """Open the store, start the engine, hand it to `service` when it answers, and keep both until `stop`.
+
+    Raises Stopped when an activation left the engine unfit to go on.
+    """
+    settings, base = service.settings, read_serving(service.settings.model)
+    catalogue = Catalogue(Registry(settings.checkpoints), base) if settings.checkpoints else None
+    async with opened(service.store):
+        serving = await starting_point(catalogue, service.deployment) if catalogue else base
+        if serving != base:
+            print(f"The wanted checkpoint is {serving.id}: loading {serving.source}", flush=True)
+        async with engine.start(settings, serving) as started:
+            if not await started.answers():
+                raise RuntimeError("the engine started but does not answer")
+            async with following(service, started, catalogue):
+                service.engine = started
+                if on_ready:
+                    on_ready(service)
+                await stopped(service, stop)
+                service.engine = None
+
+
+@asynccontextmanager
+async def following(service: Service, engine: Engine, catalogue: Catalogue | None) -> AsyncIterator[None]:
+    """Keep this replica at the wanted checkpoint, where there is a registry."""
+    if catalogue is None:
+        yield
+        return
+    settings = service.settings
+    activator = Activator(engine, catalogue, read_canaries(settings.canaries), settings.activation_drain_seconds)
+    activator.stopping = lambda: service.draining
+    service.follower = Follower(activator, service.deployment, settings.activations_at_once)
+    beating = asyncio.create_task(service.follower.run())
+    try:
+        yield
+    finally:
+        for task in (beating, *service.actions):
+            task.cancel()
+        await asyncio.gather(beating, *service.actions, return_exceptions=True)
+        await service.follower.stop()
+
+
+async def stopped(service: Service, stop: asyncio.Event) -> None:
+    """Wait for `stop`. Raises Stopped when the engine breaks before."""
+    waits = [asyncio.create_task(stop.wait())]
+    if service.follower:
+        waits.append(asyncio.create_task(service.follower.broken.wait()))
+    _, pending = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for task in pending:
+        task.cancel()
+    if not stop.is_set() and service.follower:
+        raise Stopped("broken", service.follower.message)
 
 
 @asynccontextmanager

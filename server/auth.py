@@ -1,4 +1,4 @@
-"""Who may call: API keys as bearer tokens, checked on each route by dependency."""
+"""Who may call: API keys and admin keys as bearer tokens, checked on each route by dependency."""
 
 from __future__ import annotations
 
@@ -22,17 +22,24 @@ def identify(keys: tuple[ApiKey, ...], authorization: str | None) -> str | None:
     return found
 
 
+async def require_admin(request: Request) -> str:
+    """FastAPI dependency: the administrator's key name. Raises ApiError 404 where there is none, 401 for any other."""
+    keys: tuple[ApiKey, ...] = request.app.state.administrators
+    if not keys:
+        raise ApiError(404, "This service was started without admin keys, so /admin is off.", code="admin_off")
+    return _identified(keys, request, "A valid admin key is needed: API keys do not work here.")
+
+
 async def require_key(request: Request) -> str:
     """FastAPI dependency: the caller's key name; `anonymous` when the service has no keys. Raises ApiError 401."""
     keys: tuple[ApiKey, ...] = request.app.state.keys
     if not keys:
         return ANONYMOUS
+    return _identified(keys, request, "A valid API key is needed: send the header Authorization: Bearer YOUR_KEY.")
+
+
+def _identified(keys: tuple[ApiKey, ...], request: Request, message: str) -> str:
     name = identify(keys, request.headers.get("authorization"))
     if name is None:
-        raise ApiError(
-            401,
-            "A valid API key is needed: send the header Authorization: Bearer YOUR_KEY.",
-            code="invalid_api_key",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
+        raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
     return name

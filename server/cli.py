@@ -9,6 +9,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from pydantic import ValidationError
 
+from server.checkpoints import remote
 from server.checkpoints.cli import app as checkpoints_app
 from server.conversations.cli import app as conversations_app
 from server.environment import prepare
@@ -23,6 +24,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+remote.add_to(checkpoints_app)
 app.add_typer(checkpoints_app, name="checkpoints")
 app.add_typer(conversations_app, name="conversations")
 app.add_typer(language_app, name="language")
@@ -73,6 +75,11 @@ def serve(
     store: Annotated[str | None, setting("store")] = None,
     conversation_ttl: Annotated[str | None, setting("conversation_ttl")] = None,
     language_policy: Annotated[str | None, setting("language_policy")] = None,
+    checkpoints: Annotated[Path | None, setting("checkpoints")] = None,
+    admin_key_file: Annotated[Path | None, setting("admin_key_file")] = None,
+    canaries: Annotated[Path | None, setting("canaries")] = None,
+    activation_drain_seconds: Annotated[float | None, setting("activation_drain_seconds")] = None,
+    activations_at_once: Annotated[int | None, setting("activations_at_once")] = None,
     max_body_bytes: Annotated[int | None, setting("max_body_bytes")] = None,
     drain_seconds: Annotated[float | None, setting("drain_seconds")] = None,
 ) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import vllm
 from fastapi import Request
@@ -35,13 +36,14 @@ from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.output_processor import RequestOutputCollector
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
-from server.checkpoints.manifest import Manifest, read_manifest
+from server.checkpoints.serving import Serving
+from server.checkpoints.turnstile import Turnstile, Visit
 from server.engine_guard import LANGUAGE_ARG, use_guard
 from server.errors import ApiError
 from server.language import Language
-from server.language.guide import UNKNOWN_CHECKPOINT, Directives
 from server.settings import EMBEDDED_CHECKPOINT, Settings
 
 __all__ = [
@@ -65,6 +67,11 @@ SWAGGER_FILES = Path(vllm.__file__).parent / "entrypoints" / "serve" / "instrume
 CHAT_TEMPLATE = EMBEDDED_CHECKPOINT / "chat_template.jinja"
 PROBE_SECONDS = 10.0
 """How long an engine may go without a token, while it has work, before it counts as hung."""
+RELOAD_SECONDS = 900.0
+"""How long new weights may take from the page cache into the engine, before it counts as hung."""
+RESET_SECONDS = 10.0
+"""How long the blocks of replies that were just aborted may stay in use."""
+EXTENSION = "server.engine_worker.WorkerExtension"
 
 
 # --- flags ------------------------------------------------------------------------------------------------------
@@ -88,6 +95,9 @@ def parse_engine_flags(settings: Settings) -> Namespace:
     if unknown:
         raise ValueError(f"vLLM has no engine flag {unknown[0]!r}; bimedix serve --help says where they are listed")
     args.enable_log_requests = False
+    if args.worker_extension_cls:
+        raise ValueError("--worker-extension-cls: this service needs vLLM's worker extension for itself")
+    args.worker_extension_cls = EXTENSION
     return args
 
 
@@ -139,6 +149,31 @@ async def spoken(results: AsyncIterator[RequestOutput], on_reply: OnReply) -> As
         yield result
 
 
+class Handover:
+    """Counts a request's prompts into the engine; with the last one, its visit at the turnstile is over."""
+
+    def __init__(self, visit: Visit, prompts: int) -> None:
+        self._visit, self._left = visit, prompts
+
+    def one(self) -> None:
+        self._left -= 1
+        if not self._left:
+            self._visit.leave()
+
+
+_handover: ContextVar[Handover | None] = ContextVar("handover", default=None)
+
+
+class HandedLLM(AsyncLLM):
+    """vLLM's client, which says of each prompt that the engine has it: from then on it is among the unfinished."""
+
+    async def add_request(self, *args: Any, **kwargs: Any) -> RequestOutputCollector:
+        collector = await super().add_request(*args, **kwargs)
+        if handover := _handover.get():
+            handover.one()
+        return collector
+
+
 Generated = AsyncGenerator[str, None] | ChatCompletionResponse | CompletionResponse
 
 
@@ -169,6 +204,15 @@ TOO_LONG = {"input_text", "input_tokens"}
 """What vLLM calls the parameter when a prompt does not fit."""
 
 
+@dataclass(frozen=True)
+class Sample:
+    """What the engine wrote: text, tokens, and the log probability of each."""
+
+    text: str
+    tokens: list[int]
+    logprobs: list[float]
+
+
 @dataclass
 class Engine:
     """A running engine and the serving objects over it."""
@@ -177,8 +221,7 @@ class Engine:
     chat: VicunaServingChat
     completion: OpenAIServingCompletion
     models: OpenAIServingModels
-    manifest: Manifest | None
-    checkpoint_id: str
+    turnstile: Turnstile
     no_guard: str | None = None
     """Why this engine can't guard a reply's language; None where it can."""
     _probe: asyncio.Task[None] | None = field(default=None, repr=False)
@@ -193,29 +236,30 @@ class Engine:
         return int(self.client.model_config.get_vocab_size())
 
     @property
-    def directives(self) -> Directives:
-        """What asks this checkpoint for a language."""
-        if self.manifest is None:
-            return UNKNOWN_CHECKPOINT
-        return Directives(self.manifest.directives, self.manifest.directive_use)
+    def top_k(self) -> int:
+        """How many experts see each token."""
+        return int(self.client.model_config.hf_config.num_experts_per_tok)
 
     @property
-    def unfinished(self) -> int:
-        """Requests that run or wait in the engine."""
-        return self.client.get_num_unfinished_requests()
+    def serving(self) -> Serving:
+        """The checkpoint that whoever enters now is answered by."""
+        return self.turnstile.serving
 
     async def create_chat(
         self,
         request: ChatCompletionRequest,
         raw_request: Request | None,
+        visit: Visit,
         on_reply: OnReply,
         guarded: Language | None = None,
     ) -> Generated:
         """vLLM's chat completion: the response, or its stream of events once the first is there. Raises ApiError.
 
-        `guarded` is the language that decoding is to keep; a reply whose form the request prescribes is left alone.
+        `visit` has entered. `guarded` is the language that decoding is to keep; a reply whose form the request
+        prescribes is left alone.
         """
         _on_reply.set(on_reply)
+        _handover.set(Handover(visit, 1))
         if guarded is not None and not _prescribed(request):
             if self.no_guard is not None:
                 raise ApiError(400, f"No guard: {self.no_guard}.", param="language_policy", code="invalid_value")
@@ -227,8 +271,9 @@ class Engine:
                 raise
             raise await self._too_long(partial(self._count_chat, request.messages), "messages") from None
 
-    async def create_completion(self, request: CompletionRequest, raw_request: Request) -> Generated:
+    async def create_completion(self, request: CompletionRequest, raw_request: Request, visit: Visit) -> Generated:
         """vLLM's text completion, likewise."""
+        _handover.set(Handover(visit, len(_prompts(request.prompt))))
         try:
             return await begun(await self.completion.create_completion(request, raw_request))
         except VLLMValidationError as error:
@@ -253,8 +298,7 @@ class Engine:
     def _count_text(self, prompt: Any) -> int:
         """The longest of the prompts."""
         tokenizer = self.client.get_tokenizer()
-        prompts = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
-        return max(len(tokenizer.encode(one)) if isinstance(one, str) else len(one) for one in prompts)
+        return max(len(tokenizer.encode(one)) if isinstance(one, str) else len(one) for one in _prompts(prompt))
 
     async def answers(self) -> bool:
         """Whether the engine produced a token just now: its own error flag says nothing about a hang (vllm#36451)."""
@@ -272,8 +316,78 @@ class Engine:
     async def _generate_one_token(self) -> None:
         sampling = SamplingParams(max_tokens=1, temperature=0.0, output_kind=RequestOutputKind.FINAL_ONLY)
         prompt = tokens_input([self.client.model_config.hf_config.bos_token_id])
-        async for _ in self.client.generate(prompt, sampling, f"probe-{time.monotonic_ns()}"):
-            pass
+        visit = Visit(self.turnstile)
+        await visit.enter()
+        try:
+            async for _ in self.client.generate(prompt, sampling, f"probe-{time.monotonic_ns()}"):
+                pass
+        finally:
+            visit.leave()
+
+    # For activations, which hold the turnstile closed and empty
+
+    async def reload(self, serving: Serving) -> None:
+        """Replace the weights in place by those of `serving`, and drop everything computed with the old ones.
+
+        Raises RuntimeError or TimeoutError. The engine is paused then, until a reload succeeds.
+        """
+        try:
+            async with asyncio.timeout(RELOAD_SECONDS):
+                await self.client.pause_generation(mode="wait", clear_cache=False)
+                await self.client.collective_rpc("bimedix_reload", args=(serving.source,))
+        except TimeoutError:
+            raise
+        except Exception as error:
+            raise RuntimeError(f"vLLM could not load the weights of {serving.id}: {error}") from None
+        await self._drop_prefix_cache()
+        await self.client.resume_generation()
+
+    async def _drop_prefix_cache(self) -> None:
+        # It refuses, without an exception, while blocks are in use, and stale blocks would be read by new weights.
+        deadline = time.monotonic() + RESET_SECONDS
+        while not await self.client.reset_prefix_cache(reset_connector=True):
+            if time.monotonic() >= deadline:
+                raise RuntimeError("vLLM could not drop the prefix cache: blocks are still in use")
+            await asyncio.sleep(0.02)
+
+    async def reply(self, messages: list[Any], max_tokens: int) -> Sample:
+        """A greedy reply, past the turnstile."""
+        sampling = SamplingParams(
+            max_tokens=max_tokens, temperature=0.0, logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY
+        )
+        (output,) = (await self._generate(self._tokens(messages, add_generation_prompt=True), sampling)).outputs
+        chosen = zip(output.token_ids, output.logprobs or [], strict=True)
+        logprobs = [found[token].logprob for token, found in chosen if found]
+        return Sample(output.text.strip(), list(output.token_ids), logprobs)
+
+    async def score(self, messages: list[Any], reply: str) -> list[float]:
+        """The log probability of each token of `reply`, its end included, after `messages`; past the turnstile."""
+        asked = self._tokens(messages, add_generation_prompt=True)
+        answered = self._tokens([*messages, {"role": "assistant", "content": reply}])
+        begin = next(i for i, token in enumerate(answered) if i >= len(asked) or asked[i] != token)
+        sampling = SamplingParams(max_tokens=1, prompt_logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY)
+        scored = (await self._generate(answered, sampling)).prompt_logprobs or []
+        pairs = zip(answered[begin:], scored[begin:], strict=True)
+        return [found[token].logprob for token, found in pairs if found is not None]
+
+    def _tokens(self, messages: list[Any], **options: Any) -> list[int]:
+        tokenizer = self.client.get_tokenizer()
+        template = self.chat.chat_template
+        tokens: Any = tokenizer.apply_chat_template(messages, chat_template=template, return_dict=False, **options)
+        return list(tokens)
+
+    async def _generate(self, tokens: list[int], sampling: SamplingParams) -> RequestOutput:
+        generated = self.client.generate(tokens_input(tokens), sampling, f"canary-{uuid4().hex}")
+        return [result async for result in generated][-1]
+
+    async def watch_router(self) -> None:
+        """Count which experts the router chooses, until `read_router`."""
+        await self.client.collective_rpc("bimedix_watch_router", args=(self.top_k,))
+
+    async def read_router(self) -> list[list[int]]:
+        """How many tokens each layer sent to each expert; nothing where a compiled model can't be watched."""
+        workers = await self.client.collective_rpc("bimedix_read_router")
+        return [counts for worker in workers for counts in worker]
 
     def model_cards(self) -> list[dict[str, Any]]:
         """What GET /v1/models lists."""
@@ -284,20 +398,21 @@ class Engine:
                 "created": 0,
                 "owned_by": "bimedix",
                 "max_model_len": self.max_model_len,
-                "checkpoint": self.checkpoint_id,
-                "description": self.manifest.description if self.manifest else None,
+                "checkpoint": self.serving.id,
+                "description": self.serving.manifest.description if self.serving.manifest else None,
             }
             for path in self.models.base_model_paths
         ]
 
 
 @asynccontextmanager
-async def start(settings: Settings) -> AsyncIterator[Engine]:
-    """Start vLLM in this process and yield the engine. Takes seconds to minutes; the event loop stays free."""
+async def start(settings: Settings, serving: Serving) -> AsyncIterator[Engine]:
+    """Start vLLM in this process on `serving` and yield the engine. Takes seconds to minutes; the loop stays free."""
     args = parse_engine_flags(settings)
+    args.model = serving.source
     client, no_guard = await asyncio.to_thread(_start_client, settings, args)
     try:
-        engine = await _assemble(settings, args, client)
+        engine = await _assemble(settings, args, client, serving)
         engine.no_guard = no_guard
         yield engine
     finally:
@@ -314,7 +429,12 @@ def _start_client(settings: Settings, args: Namespace) -> tuple[AsyncLLM, str | 
         if settings.language_policy == "guard":
             raise
         no_guard = str(error)
-    return AsyncLLM.from_vllm_config(config, disable_log_stats=args.disable_log_stats), no_guard
+    return HandedLLM.from_vllm_config(config, disable_log_stats=args.disable_log_stats), no_guard
+
+
+def _prompts(prompt: Any) -> list[Any]:
+    """A text completion's prompts: each is text or tokens."""
+    return prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
 
 
 def _prescribed(request: ChatCompletionRequest) -> bool:
@@ -328,11 +448,10 @@ def _prescribed(request: ChatCompletionRequest) -> bool:
     )
 
 
-async def _assemble(settings: Settings, args: Namespace, client: AsyncLLM) -> Engine:
-    manifest = read_manifest(Path(settings.model))
+async def _assemble(settings: Settings, args: Namespace, client: AsyncLLM, serving: Serving) -> Engine:
     # The service speaks Vicuna: a checkpoint with our manifest brings its own template, any other gets ours.
-    template = args.chat_template or (None if manifest else CHAT_TEMPLATE.read_text(encoding="utf-8"))
-    models = OpenAIServingModels(client, [BaseModelPath(settings.served_model_name, settings.model)])
+    template = args.chat_template or (None if serving.manifest else CHAT_TEMPLATE.read_text(encoding="utf-8"))
+    models = OpenAIServingModels(client, [BaseModelPath(settings.served_model_name, serving.source)])
     shared: dict[str, Any] = {"request_logger": None}
     tools = {"enable_auto_tools": args.enable_auto_tool_choice, "tool_parser": args.tool_call_parser}
     rendering: dict[str, Any] = {"chat_template": template, "chat_template_content_format": "string", **tools}
@@ -352,8 +471,7 @@ async def _assemble(settings: Settings, args: Namespace, client: AsyncLLM) -> En
         ),
         completion=OpenAIServingCompletion(client, models, online_renderer=renderer, **shared),
         models=models,
-        manifest=manifest,
-        checkpoint_id=manifest.id if manifest else Path(settings.model).name,
+        turnstile=Turnstile(serving, client.get_num_unfinished_requests),
     )
 
 

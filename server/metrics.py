@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.language.hygiene import Cleaned
@@ -40,6 +40,16 @@ def count_cleaned(texts: Iterable[Cleaned]) -> None:
     for cleaned in texts:
         for kind, changed in cleaned.counts.items():
             CLEANED.labels(kind).inc(changed)
+
+
+ACTIVATIONS = Counter("bimedix_activations_total", "Checkpoint activations in this replica, by result.", ["result"])
+ACTIVATION_SECONDS = Histogram(
+    "bimedix_activation_seconds",
+    "Seconds of each phase of an activation.",
+    ["phase"],
+    buckets=(0.02, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600),
+)
+WAITING = Gauge("bimedix_waiting_requests", "Generations that wait for a checkpoint to be activated.")
 
 
 class CountRequests:

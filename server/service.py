@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 
 from fastapi import Request
 
+from server.checkpoints.deployment import Deployment
+from server.checkpoints.replica import Follower, Pool
+from server.checkpoints.turnstile import Visit
 from server.conversations.database import default_url
 from server.conversations.store import Store
 from server.engine import Engine
@@ -19,7 +24,12 @@ class Service:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.store = Store(settings.store or default_url(), conversation_ttl=settings.conversation_ttl)
+        self.deployment = Deployment(self.store.database)
         self.engine: Engine | None = None
+        self.follower: Follower | None = None
+        """Follows the wanted checkpoint, where there is a registry."""
+        self.actions: set[asyncio.Task[None]] = set()
+        """What administrators have begun."""
         self.draining = False
         self.failed = False
         self.running = 0
@@ -39,12 +49,27 @@ def service(request: Request) -> Service:
     return state
 
 
-async def admitted(request: Request) -> AsyncIterator[Engine]:
+@dataclass(frozen=True)
+class Admission:
+    """A generation's engine, and its visit at the turnstile, which it has still to enter."""
+
+    engine: Engine
+    visit: Visit
+    follower: Follower | None
+
+    def pool(self, conversation_id: str | None) -> Pool | None:
+        """Which replicas a conversation belongs to, while there is a canary."""
+        return self.follower.pool_of(conversation_id) if self.follower else None
+
+
+async def admitted(request: Request) -> AsyncIterator[Admission]:
     """FastAPI dependency: the engine, for a generation that counts as running until its last byte is sent."""
     current = service(request)
     engine = current.loaded()
+    visit = Visit(engine.turnstile)
     current.running += 1
     try:
-        yield engine
+        yield Admission(engine, visit, current.follower)
     finally:
+        visit.leave()
         current.running -= 1

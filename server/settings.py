@@ -93,11 +93,29 @@ class Settings(BaseSettings):
     language_policy: Literal["off", "guide", "guard"] = Field(
         default="guide", description="off, guide or guard: how the reply's language is kept."
     )
+    checkpoints: Path | None = Field(
+        default=None, description="Directory of checkpoints that can be activated while the service runs."
+    )
+    admin_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        default=(), description="NAME:KEY entries, separated by commas, for /admin."
+    )
+    admin_key_file: Path | None = Field(
+        default=None, description="File with a NAME:KEY a line for /admin; or set BIMEDIX_ADMIN_KEYS."
+    )
+    canaries: Path | None = Field(
+        default=None, description="YAML file of prompts and limits that a new checkpoint must pass; by default our own."
+    )
+    activation_drain_seconds: float = Field(
+        default=30.0, gt=0, le=3600, description="How long an activation waits for running replies to finish."
+    )
+    activations_at_once: int = Field(
+        default=1, ge=1, description="How many replicas may change their checkpoint at the same time."
+    )
     max_body_bytes: int = Field(default=2_000_000, ge=1_000, description="Largest request body, in bytes.")
     drain_seconds: float = Field(default=30.0, ge=0, le=3600, description="How long SIGTERM waits for running replies.")
     engine_flags: tuple[str, ...] = Field(default=(), description="vLLM engine flags, as on its command line.")
 
-    @field_validator("api_keys", mode="before")
+    @field_validator("api_keys", "admin_keys", mode="before")
     @classmethod
     def _split_keys(cls, value: object) -> object:
         return tuple(part for part in value.split(",") if part.strip()) if isinstance(value, str) else value
@@ -119,20 +137,45 @@ class Settings(BaseSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _administered(self) -> Settings:
+        administrators = self.administrators
+        if administrators and self.checkpoints is None:
+            raise ValueError("admin keys are for activating checkpoints: name their directory with --checkpoints")
+        if {key.digest for key in administrators} & {key.digest for key in self.keys}:
+            raise ValueError("an admin key is also an API key: make another (openssl rand -hex 24)")
+        return self
+
+    @field_validator("checkpoints")
+    @classmethod
+    def _registry_exists(cls, value: Path | None) -> Path | None:
+        if value is not None and not value.is_dir():
+            raise ValueError(f"there is no directory {value}")
+        return value
+
     @property
     def keys(self) -> tuple[ApiKey, ...]:
-        """The keys of both sources. Raises ValueError when the file cannot be read or an entry is malformed."""
-        lines = [entry.get_secret_value() for entry in self.api_keys]
-        if self.api_key_file is not None:
-            try:
-                text = self.api_key_file.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise ValueError(f"cannot read the API key file {self.api_key_file}: {error}") from None
-            found = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-            if not found:
-                raise ValueError(f"the API key file {self.api_key_file} names no key")
-            lines += found
-        return parse_keys(lines)
+        """The API keys of both sources. Raises ValueError when the file cannot be read or an entry is malformed."""
+        return _keys(self.api_keys, self.api_key_file)
+
+    @property
+    def administrators(self) -> tuple[ApiKey, ...]:
+        """The admin keys, likewise."""
+        return _keys(self.admin_keys, self.admin_key_file)
+
+
+def _keys(entries: tuple[SecretStr, ...], file: Path | None) -> tuple[ApiKey, ...]:
+    lines = [entry.get_secret_value() for entry in entries]
+    if file is not None:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"cannot read the API key file {file}: {error}") from None
+        found = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+        if not found:
+            raise ValueError(f"the API key file {file} names no key")
+        lines += found
+    return parse_keys(lines)
 
 
 def is_loopback(host: str) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from server.checkpoints.serving import Serving
 from server.conversations.errors import StoreError
 from server.conversations.prompt import Asked, compose, fit
 from server.conversations.store import Store
@@ -23,6 +24,7 @@ from server.language.hygiene import clean
 from server.language.score import observed_language
 from server.metrics import DROPPED_TURNS, REPLY_LANGUAGES, STORE_SECONDS, TURNS, count_cleaned
 from server.requests import ChatRequest
+from server.service import Admission
 from server.vicuna import Message
 
 log = logging.getLogger(__name__)
@@ -60,6 +62,8 @@ class LiveTurn:
         self.store, self.turn, self.stored = store, turn, stored
         self.streaming = False
         """Whether anything was sent: from then on a turn that breaks is incomplete, before it is failed."""
+        self.pool: str | None = None
+        """Which replicas the conversation belongs to, while there is a canary."""
         self._over = False
 
     async def finish(self, reply: Reply) -> Turn:
@@ -98,6 +102,7 @@ class LiveTurn:
         dropped = self.turn.details.get("dropped_turns")
         return turn_headers(self.turn) | {
             **({"X-Bimedix-Waited-Seconds": f"{self.turn.waited:.3f}"} if self.turn.waited else {}),
+            **({"X-Bimedix-Pool": self.pool} if self.pool else {}),
             **({"X-Bimedix-Dropped-Turns": str(dropped)} if dropped else {}),
         }
 
@@ -147,15 +152,15 @@ async def _unstored(store: Store, ask: Ask) -> RunningTurn:
     )
 
 
-async def prepare(live: LiveTurn, ask: Ask, engine: Engine) -> list[Message]:
+async def prepare(live: LiveTurn, ask: Ask, engine: Engine, serving: Serving) -> list[Message]:
     """The turn's prompt as chat messages; notes its language and what was dropped. Raises ApiError 400."""
     turn = live.turn
     count_cleaned(clean(message.value) for message in ask.asked.messages)
     try:
-        prompt = compose(turn.history, ask.asked, engine.directives)
+        prompt = compose(turn.history, ask.asked, serving.directives)
     except ValueError as error:
         raise ApiError(400, str(error), param=ask.param, code="invalid_value") from None
-    turn.language, turn.checkpoint = prompt.language, engine.checkpoint_id
+    turn.language, turn.checkpoint = prompt.language, serving.id
     if not ask.drop_oldest:
         return prompt.messages()
     window = engine.max_model_len
@@ -171,14 +176,15 @@ async def prepare(live: LiveTurn, ask: Ask, engine: Engine) -> list[Message]:
     return fitted.messages
 
 
-async def generate(live: LiveTurn, ask: Ask, engine: Engine, request: ChatRequest) -> Generated:
+async def generate(live: LiveTurn, ask: Ask, admission: Admission, request: ChatRequest) -> Generated:
     """Start the turn's reply. Raises ApiError."""
-    turn = live.turn
-    request.messages = await prepare(live, ask, engine)
+    turn, engine, visit = live.turn, admission.engine, admission.visit
+    live.pool = admission.pool(turn.conversation_id)
+    request.messages = await prepare(live, ask, engine, await visit.enter())
     request.request_id = turn.response_id
     guarded = cast(Language, turn.language) if ask.guarded else None
     try:
-        return await engine.create_chat(request, None, lambda reply: _count_language(turn, reply), guarded)
+        return await engine.create_chat(request, None, visit, lambda reply: _count_language(turn, reply), guarded)
     except ApiError as error:
         error.param = ask.param if error.param == "messages" else error.param
         raise

@@ -12,6 +12,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, inspect, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from server.checkpoints import tables as _checkpoint_tables  # noqa: F401 - they share the metadata
 from server.conversations.database import Database
 from server.conversations.errors import SchemaMismatch
 from server.conversations.tables import Base

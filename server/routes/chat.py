@@ -8,7 +8,8 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from server.auth import require_key
-from server.engine import ChatCompletionResponse, CompletionResponse, Engine, Generated, with_cancellation
+from server.checkpoints.serving import Serving
+from server.engine import ChatCompletionResponse, CompletionResponse, Generated, with_cancellation
 from server.errors import ApiError
 from server.language import Language
 from server.language.guide import NO_DIRECTIVES, guide
@@ -19,21 +20,21 @@ from server.metrics import REPLY_LANGUAGES, count_cleaned
 from server.requests import ChatRequest, TextRequest
 from server.routes.chat_turns import answer_turn
 from server.routes.conversations import OnceOnly, Opened, Owner
-from server.service import admitted, service
+from server.service import Admission, admitted, service
 from server.vicuna import normalise
 
 router = APIRouter(route_class=CheckedRoute, dependencies=[Depends(require_key)], tags=["generation"])
-Admitted = Annotated[Engine, Depends(admitted)]
+Admitted = Annotated[Admission, Depends(admitted)]
 
 
 @router.post("/v1/chat/completions", response_model=ChatCompletionResponse)
 @with_cancellation
 async def create_chat_completion(
-    request: ChatRequest, raw_request: Request, engine: Admitted, owner: Owner, store: Opened, once: OnceOnly
+    request: ChatRequest, raw_request: Request, admission: Admitted, owner: Owner, store: Opened, once: OnceOnly
 ) -> Response:
     """Answer a conversation, as JSON or as server-sent events."""
     if request.conversation is not None:
-        return await answer_turn(request, engine, store, owner, once, service(raw_request).settings)
+        return await answer_turn(request, admission, store, owner, once, service(raw_request).settings)
     policy = request.language_policy or service(raw_request).settings.language_policy
     cleaned = [clean(message["content"]) for message in request.messages]
     count_cleaned(cleaned)
@@ -43,11 +44,14 @@ async def create_chat_completion(
         )
     except ValueError as error:
         raise ApiError(400, str(error), param="messages", code="invalid_value") from None
-    directives = engine.directives if policy != "off" else NO_DIRECTIVES
+    serving = await admission.visit.enter()
+    directives = serving.directives if policy != "off" else NO_DIRECTIVES
     request.messages, language = guide(messages, request.language, directives)
     guarded = language if policy == "guard" else None
-    generated = await engine.create_chat(request, raw_request, lambda reply: count_reply(language, reply), guarded)
-    return respond(generated, {**headers(engine), "X-Bimedix-Language": language})
+    generated = await admission.engine.create_chat(
+        request, raw_request, admission.visit, lambda reply: count_reply(language, reply), guarded
+    )
+    return respond(generated, {**headers(serving), "X-Bimedix-Language": language})
 
 
 def count_reply(expected: Language, reply: str) -> None:
@@ -56,9 +60,10 @@ def count_reply(expected: Language, reply: str) -> None:
 
 @router.post("/v1/completions", response_model=CompletionResponse)
 @with_cancellation
-async def create_completion(request: TextRequest, raw_request: Request, engine: Admitted) -> Response:
+async def create_completion(request: TextRequest, raw_request: Request, admission: Admitted) -> Response:
     """Continue raw text; with `echo` and `logprobs`, score it."""
-    return respond(await engine.create_completion(request, raw_request), headers(engine))
+    serving = await admission.visit.enter()
+    return respond(await admission.engine.create_completion(request, raw_request, admission.visit), headers(serving))
 
 
 @router.get("/v1/models")
@@ -67,8 +72,8 @@ async def list_models(request: Request) -> dict[str, Any]:
     return {"object": "list", "data": service(request).loaded().model_cards()}
 
 
-def headers(engine: Engine) -> dict[str, str]:
-    return {"X-Bimedix-Checkpoint": engine.checkpoint_id}
+def headers(serving: Serving) -> dict[str, str]:
+    return {"X-Bimedix-Checkpoint": serving.id}
 
 
 def respond(generated: Generated, headers: dict[str, str]) -> Response:

@@ -17,14 +17,15 @@ from server.conversations.problems import problem
 from server.conversations.prompt import Asked
 from server.conversations.store import Store
 from server.conversations.values import Idempotency, Turn
-from server.engine import ChatCompletionResponse, Engine, Generated, StreamOptions
+from server.engine import ChatCompletionResponse, Generated, StreamOptions
 from server.errors import ApiError, envelope
 from server.requests import ChatRequest
+from server.service import Admission
 from server.settings import Settings
 
 
 async def answer_turn(
-    request: ChatRequest, engine: Engine, store: Store, owner: str, once: Idempotency | None, settings: Settings
+    request: ChatRequest, admission: Admission, store: Store, owner: str, once: Idempotency | None, settings: Settings
 ) -> Response:
     """Answer the messages as the next turn of `request.conversation`. Raises ApiError, StoreError."""
     ask = as_ask(request, owner, once, settings)
@@ -35,7 +36,7 @@ async def answer_turn(
     try:
         if request.stream:
             request.stream_options = StreamOptions(include_usage=True)
-        generated = await flow.generate(live, ask, engine, request)
+        generated = await flow.generate(live, ask, admission, request)
         if request.stream:
             return TurnStream(live, stream(live, generated, wants_usage))
         assert isinstance(generated, ChatCompletionResponse)

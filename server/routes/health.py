@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import version
+from typing import Literal
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.openapi.docs import get_swagger_ui_html
@@ -27,12 +28,20 @@ async def health(request: Request) -> dict[str, str]:
 
 
 @router.get("/ready")
-async def ready(request: Request) -> dict[str, str]:
-    """200 when the engine has just produced a token; 503 while it loads, hangs or drains."""
-    engine = service(request).loaded()
+async def ready(request: Request, pool: Literal["stable", "canary"] | None = None) -> dict[str, str]:
+    """200 when the engine has just produced a token; 503 while it loads, hangs or drains.
+
+    With `pool`, 503 also where this replica is not for those conversations, so that a router can tell them apart.
+    """
+    engine, follower = service(request).loaded(), service(request).follower
+    if pool is not None and pool != (follower.pool if follower else "stable"):
+        raise unavailable("This replica is for other conversations.", retry_after=10, code="other_pool")
+    if engine.turnstile.closed:
+        # Requests are taken, and answered when the activation ends, which is bounded. A probe would wait with them.
+        return {"status": "activating", "checkpoint": engine.serving.id}
     if not await engine.answers():
         raise unavailable("The engine does not answer.", retry_after=10, code="engine_hung")
-    return {"status": "ready", "checkpoint": engine.checkpoint_id}
+    return {"status": "ready", "checkpoint": engine.serving.id}
 
 
 @router.get("/metrics")
@@ -47,7 +56,7 @@ async def versions(request: Request) -> dict[str, str | None]:
     return {
         "version": version("bimedix"),
         "vllm": VLLM_VERSION,
-        "checkpoint": engine.checkpoint_id if engine else None,
+        "checkpoint": engine.serving.id if engine else None,
     }
 
 

@@ -32,7 +32,7 @@ router = APIRouter(route_class=CheckedRoute, dependencies=[Depends(require_key)]
 @router.post("/v1/responses")
 @with_cancellation
 async def create_response(
-    body: ResponseRequest, raw_request: Request, engine: Admitted, owner: Owner, store: Opened, once: OnceOnly
+    body: ResponseRequest, raw_request: Request, admission: Admitted, owner: Owner, store: Opened, once: OnceOnly
 ) -> Response:
     """Take a turn, as JSON or as server-sent events; it is committed before the last one is sent."""
     ask = as_ask(body, owner, once, service(raw_request).settings)
@@ -40,7 +40,7 @@ async def create_response(
     if isinstance(live, Turn):
         return replayed(live, body.stream)
     try:
-        generated = await flow.generate(live, ask, engine, body.chat)
+        generated = await flow.generate(live, ask, admission, body.chat)
         if body.stream:
             return TurnStream(live, stream(live, generated))
         turn = await live.finish(Reply.whole(generated))

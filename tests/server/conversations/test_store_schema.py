@@ -27,8 +27,8 @@ pytestmark = pytest.mark.anyio
 NEXT = """
 import sqlalchemy as sa
 from alembic import op
-revision = "0002"
-down_revision = "0001"
+revision = "0003"
+down_revision = "0002"
 def upgrade() -> None:
     op.add_column("conversations", sa.Column("colour", sa.Text()))
 """
@@ -39,7 +39,7 @@ def newer(tmp_path: Path) -> Path:
     """The migrations of a later version of the software."""
     folder = tmp_path / "100% newer"
     shutil.copytree(schema.MIGRATIONS, folder)
-    (folder / "versions" / "0002_colour.py").write_text(NEXT)
+    (folder / "versions" / "0003_colour.py").write_text(NEXT)
     return folder
 
 
@@ -74,9 +74,9 @@ async def test_an_older_store_is_refused_until_it_is_migrated(
         await Store(url).open()
     command = str(caught.value).partition("Run: ")[2]
     assert command.startswith("bimedix conversations migrate --store ")
-    assert "0001" in str(caught.value)
+    assert "0002" in str(caught.value)
     done = await asyncio.to_thread(CliRunner().invoke, app, ["migrate", "--store", url, "--json"])
-    assert (done.exit_code, done.stdout) == (0, '{"schema": "0002"}\n'), done.output
+    assert (done.exit_code, done.stdout) == (0, '{"schema": "0003"}\n'), done.output
     async with Store(url) as store:
         assert (await store.get_conversation(OWNER, made.id)).id == made.id
 
@@ -88,7 +88,7 @@ async def test_a_newer_store_is_refused(url: str, newer: Path, monkeypatch: pyte
             pass
     database = Database(url)
     for attempt in (Store(url).open(), schema.migrate(database)):
-        with pytest.raises(SchemaMismatch, match=r"newer than this version's 0001.*pip install --upgrade bimedix"):
+        with pytest.raises(SchemaMismatch, match=r"newer than this version's 0002.*pip install --upgrade bimedix"):
             await attempt
     await database.dispose()
 
