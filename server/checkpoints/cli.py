@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Iterator
@@ -12,15 +13,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from server.checkpoints.errors import CheckpointError, InvalidCheckpoint
+from server.conversations.cli import StoreUrl
+from server.conversations.errors import StoreError
+from server.settings import Settings
 
 if TYPE_CHECKING:
     from server.checkpoints.registry import Checkpoint, Registry
+    from server.conversations.database import Database
 
 app = typer.Typer(help="Keep the checkpoints that a service can be given.", no_args_is_help=True)
 
 Root = Annotated[
     Path | None,
-    typer.Option("--checkpoints", envvar="BIMEDIX_CHECKPOINTS", metavar="DIR", help="Directory of the checkpoints."),
+    typer.Option(
+        "--checkpoints",
+        envvar="BIMEDIX_CHECKPOINTS",
+        metavar="DIR",
+        help=Settings.model_fields["checkpoints"].description,
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="End with one line of JSON.")]
 Id = Annotated[str, typer.Argument(metavar="ID", help="As `list` shows it.")]
@@ -119,17 +129,47 @@ def add(
 def remove(
     id: Id,
     checkpoints: Root = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask whether it is in use.")] = False,
+    store: StoreUrl = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Where there is no store: do not ask whether it is in use.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Delete a checkpoint for good. Its id stays bound to what it was."""
+    """Delete a checkpoint for good, unless the store says that it is in service or was before. Its id stays taken."""
+    from server.conversations.database import Database, default_url
+
     with _faults(as_json):
         registry = _registry(checkpoints)
-        if not yes:
-            # Without the service nobody knows.
-            typer.confirm(f"Is {id} neither in service nor what a service would go back to?", abort=True, err=True)
-        registry.remove(id, set())
+        try:
+            database = Database(store or default_url())
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--store") from None
+        file = database.url.database
+        if database.is_sqlite and file and not Path(file).exists():
+            if not yes:
+                question = f"There is no store at {file} to tell. Is {id} neither in service nor was it just before?"
+                typer.confirm(question, abort=True, err=True)
+            registry.remove(id, set())
+        else:
+            asyncio.run(_remove_unused(registry, id, database))
     _report(as_json, f"{id} is removed.", removed=id)
+
+
+async def _remove_unused(registry: Registry, id: str, database: Database) -> None:
+    """Removes it while nobody can activate it."""
+    from server.checkpoints.deployment import Deployment
+
+    deployment = Deployment(database)
+    try:
+        token = await deployment.take("bimedix checkpoints remove", id)
+        try:
+            wanted, replicas = await deployment.wanted(), await deployment.replicas()
+            used = {wanted.desired, wanted.previous, wanted.candidate, *(replica.checkpoint for replica in replicas)}
+            await asyncio.to_thread(registry.remove, id, {name for name in used if name})
+        finally:
+            await deployment.release(token)
+    finally:
+        await database.dispose()
 
 
 def _registry(root: Path | None) -> Registry:
@@ -150,7 +190,7 @@ def _faults(as_json: bool = False) -> Iterator[None]:
         if as_json:
             typer.echo(json.dumps({"id": error.id, "problems": error.problems}))
         raise typer.Exit(1) from None
-    except CheckpointError as error:
+    except (CheckpointError, StoreError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import sys
@@ -11,16 +12,20 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from server.checkpoints.deployment import Deployment
 from server.checkpoints.manifest import FILE
 from server.cli import app
+from server.conversations.database import Database
 from tests.server.checkpoints.small import SHARD, change, make_checkpoint, sign
 
 
 @pytest.fixture
 def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty registry, and a store that no service has made yet."""
     root = tmp_path / "registry"
     root.mkdir()
     monkeypatch.setenv("BIMEDIX_CHECKPOINTS", str(root))
+    monkeypatch.setenv("BIMEDIX_STORE", f"sqlite:///{tmp_path / 'store.db'}")
     return root
 
 
@@ -54,6 +59,51 @@ def test_from_adding_to_removing(registry: Path, small: Path) -> None:
     assert run("remove", "small-1", "--yes").stdout == "small-1 is removed.\n"
     assert os.listdir(registry / ".removed") == ["small-1"]
     assert last_line(run("list", "--json")) == {"checkpoints": [], "unusable": []}
+
+
+async def deploy(url: str, desired: str, previous: str, running: str) -> None:
+    """What a service leaves in the store."""
+    database = Database(url)
+    deployment = Deployment(database)
+    token = await deployment.take("a test", "activate")
+    await deployment.want(token, desired, previous)
+    await deployment.beat("replica-1", running, "serving", None, "")
+    await deployment.release(token)
+    await database.dispose()
+
+
+def test_what_the_store_says_is_in_use_stays(registry: Path, tmp_path: Path) -> None:
+    for number in range(1, 5):
+        run("add", make_checkpoint(tmp_path / str(number), f"small-{number}", seed=number))
+    asyncio.run(deploy(os.environ["BIMEDIX_STORE"], "small-1", "small-2", "small-3"))
+    for number in (1, 2, 3):
+        result = run("remove", f"small-{number}")
+        assert (result.exit_code, "activate another first" in result.stderr) == (1, True)
+    assert run("remove", "small-4").exit_code == 0
+    assert [each["id"] for each in last_line(run("list", "--json"))["checkpoints"]] == ["small-1", "small-2", "small-3"]
+
+
+def test_nothing_is_removed_while_an_activation_runs(registry: Path, small: Path) -> None:
+    """It says who is at it."""
+
+    async def hold() -> None:
+        database = Database(os.environ["BIMEDIX_STORE"])
+        await Deployment(database).take("replica-1", "activate small-1")
+        await database.dispose()
+
+    run("add", small)
+    asyncio.run(hold())
+    result = run("remove", "small-1")
+    assert (result.exit_code, result.stderr) == (1, "replica-1 is at it: activate small-1\n")
+    assert (registry / "small-1").is_dir()
+
+
+def test_a_store_that_is_away(registry: Path, small: Path) -> None:
+    run("add", small)
+    result = run("remove", "small-1", "--store", "postgresql://nobody@127.0.0.1:1/none")
+    assert (result.exit_code, "store is unavailable" in result.stderr) == (1, True)
+    assert run("remove", "small-1", "--store", "nonsense").exit_code == 2
+    assert (registry / "small-1").is_dir()
 
 
 def test_a_directory_is_verified_without_a_registry(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
