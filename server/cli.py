@@ -77,6 +77,7 @@ def serve(
     language_policy: Annotated[str | None, setting("language_policy")] = None,
     checkpoints: Annotated[Path | None, setting("checkpoints")] = None,
     admin_key_file: Annotated[Path | None, setting("admin_key_file")] = None,
+    adapter: Annotated[list[str] | None, setting("adapters", "--adapter")] = None,
     canaries: Annotated[Path | None, setting("canaries")] = None,
     activation_drain_seconds: Annotated[float | None, setting("activation_drain_seconds")] = None,
     activations_at_once: Annotated[int | None, setting("activations_at_once")] = None,
@@ -84,6 +85,8 @@ def serve(
     drain_seconds: Annotated[float | None, setting("drain_seconds")] = None,
 ) -> None:
     given: dict[str, Any] = {name: value for name, value in locals().items() if name != "context" and value is not None}
+    if adapters := given.pop("adapter", None):
+        given["adapters"] = tuple(adapters)
     settings = checked_settings(given, tuple(context.args))
     prepare(settings)
     from server.serve import run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from argparse import Namespace
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -12,11 +13,12 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from uuid import uuid4
 
 import vllm
 from fastapi import Request
+from vllm.config.lora import MaxLoRARanks
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.generate.base.protocol import StreamOptions
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
@@ -30,10 +32,12 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import tokens_input
+from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.triton_utils import HAS_TRITON
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import RequestOutputCollector
@@ -41,6 +45,7 @@ from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from server.checkpoints.serving import Serving
 from server.checkpoints.turnstile import Turnstile, Visit
+from server.checkpoints.unmerged import read_unmerged
 from server.engine_guard import LANGUAGE_ARG, use_guard
 from server.errors import ApiError
 from server.language import Language
@@ -95,10 +100,30 @@ def parse_engine_flags(settings: Settings) -> Namespace:
     if unknown:
         raise ValueError(f"vLLM has no engine flag {unknown[0]!r}; bimedix serve --help says where they are listed")
     args.enable_log_requests = False
+    if current_platform.is_cpu() and args.enforce_eager:
+        # Else the first request for log probabilities has everyone wait, for tens of seconds, while they are compiled.
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+    _load_unmerged(args, settings)
     if args.worker_extension_cls:
         raise ValueError("--worker-extension-cls: this service needs vLLM's worker extension for itself")
     args.worker_extension_cls = EXTENSION
     return args
+
+
+def _load_unmerged(args: Namespace, settings: Settings) -> None:
+    """Have vLLM apply adapters at run time. Raises ValueError where it can't."""
+    adapters = read_unmerged(settings.adapters)
+    if not adapters:
+        return
+    if not HAS_TRITON:
+        raise ValueError(
+            "--adapter: vLLM applies adapters to experts with Triton, which this machine has not (it needs a GPU). "
+            "Merge the adapter instead: bimedix-train merge DIR --output CHECKPOINT, then serve it with --model "
+            "CHECKPOINT, or bring it in with bimedix checkpoints add and activate it"
+        )
+    args.enable_lora, args.max_loras = True, len(adapters)
+    needed = max(adapter.rank for adapter in adapters)
+    args.max_lora_rank = next((rank for rank in get_args(MaxLoRARanks) if rank >= needed), needed)
 
 
 def _laptop_defaults(settings: Settings) -> list[str]:
@@ -324,6 +349,11 @@ class Engine:
         finally:
             visit.leave()
 
+    def name_of(self, serving: Serving, model: str | None) -> str:
+        """Whose reply it is when a request names `model`: the checkpoint's, or that with an adapter over it."""
+        adapter = self.models.lora_requests.get(model or "")
+        return f"{serving.id}+{adapter.lora_name}" if adapter else serving.id
+
     # For activations, which hold the turnstile closed and empty
 
     async def reload(self, serving: Serving) -> None:
@@ -452,6 +482,10 @@ async def _assemble(settings: Settings, args: Namespace, client: AsyncLLM, servi
     # The service speaks Vicuna: a checkpoint with our manifest brings its own template, any other gets ours.
     template = args.chat_template or (None if serving.manifest else CHAT_TEMPLATE.read_text(encoding="utf-8"))
     models = OpenAIServingModels(client, [BaseModelPath(settings.served_model_name, serving.source)])
+    models.lora_requests.update(
+        (adapter.name, LoRARequest(adapter.revision, number, str(adapter.directory)))
+        for number, adapter in enumerate(read_unmerged(settings.adapters), 1)
+    )
     shared: dict[str, Any] = {"request_logger": None}
     tools = {"enable_auto_tools": args.enable_auto_tool_choice, "tool_parser": args.tool_call_parser}
     rendering: dict[str, Any] = {"chat_template": template, "chat_template_content_format": "string", **tools}

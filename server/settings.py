@@ -102,6 +102,9 @@ class Settings(BaseSettings):
     admin_key_file: Path | None = Field(
         default=None, description="File with a NAME:KEY a line for /admin; or set BIMEDIX_ADMIN_KEYS."
     )
+    adapters: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(), description="NAME=DIR of a LoRA adapter to serve beside the model under that name (GPU only)."
+    )
     canaries: Path | None = Field(
         default=None, description="YAML file of prompts and limits that a new checkpoint must pass; by default our own."
     )
@@ -145,6 +148,17 @@ class Settings(BaseSettings):
         if {key.digest for key in administrators} & {key.digest for key in self.keys}:
             raise ValueError("an admin key is also an API key: make another (openssl rand -hex 24)")
         return self
+
+    @model_validator(mode="after")
+    def _adapters_stay_with_their_base(self) -> Settings:
+        if self.adapters and self.checkpoints is not None:
+            raise ValueError("adapters belong to one base: serve them without --checkpoints")
+        return self
+
+    @field_validator("adapters", mode="before")
+    @classmethod
+    def _split_adapters(cls, value: object) -> object:
+        return tuple(part for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
     @field_validator("checkpoints")
     @classmethod

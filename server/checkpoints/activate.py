@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from server.checkpoints.errors import CheckpointError, InvalidCheckpoint, UnknownCheckpoint
 from server.checkpoints.gate import Canaries, Measured, judge, measure
@@ -17,9 +17,11 @@ from server.checkpoints.registry import Checkpoint, Registry
 from server.checkpoints.serving import Serving
 from server.checkpoints.turnstile import Waits
 from server.checkpoints.verify import verify
-from server.engine import Engine
 from server.errors import unavailable
 from server.metrics import ACTIVATION_SECONDS, ACTIVATIONS
+
+if TYPE_CHECKING:
+    from server.engine import Engine
 
 log = logging.getLogger(__name__)
 
@@ -170,10 +172,6 @@ class Activator:
 
     async def _shown(self, serving: Serving) -> Measured:
         """How the checkpoint in service does; measured once."""
-        if self._showing is None:
-            # Log probabilities are compiled at their first use, for one sequence and for several. Not behind the gate.
-            await self.engine.reply([{"role": "user", "content": self.canaries.canaries[0].prompt}], 2)
-            await measure(self.engine, serving, self.canaries)
         if self._showing is None or self._showing[0] != serving.id:
             self._showing = (serving.id, await measure(self.engine, serving, self.canaries))
         return self._showing[1]

@@ -7,17 +7,19 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from server.checkpoints.serving import Serving
-from server.engine import Engine, Sample
 from server.language import Language
 from server.language.guide import guide
 from server.language.score import judge as judge_language
 from server.language.score import pass_rates
+
+if TYPE_CHECKING:
+    from server.engine import Engine, Sample
 
 DEFAULT = Path(__file__).parent / "canaries.yaml"
 GRAM = 3

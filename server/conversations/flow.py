@@ -160,7 +160,7 @@ async def prepare(live: LiveTurn, ask: Ask, engine: Engine, serving: Serving) ->
         prompt = compose(turn.history, ask.asked, serving.directives)
     except ValueError as error:
         raise ApiError(400, str(error), param=ask.param, code="invalid_value") from None
-    turn.language, turn.checkpoint = prompt.language, serving.id
+    turn.language = prompt.language
     if not ask.drop_oldest:
         return prompt.messages()
     window = engine.max_model_len
@@ -180,7 +180,9 @@ async def generate(live: LiveTurn, ask: Ask, admission: Admission, request: Chat
     """Start the turn's reply. Raises ApiError."""
     turn, engine, visit = live.turn, admission.engine, admission.visit
     live.pool = admission.pool(turn.conversation_id)
-    request.messages = await prepare(live, ask, engine, await visit.enter())
+    serving = await visit.enter()
+    request.messages = await prepare(live, ask, engine, serving)
+    turn.checkpoint = engine.name_of(serving, request.model)
     request.request_id = turn.response_id
     guarded = cast(Language, turn.language) if ask.guarded else None
     try:

@@ -51,7 +51,7 @@ async def create_chat_completion(
     generated = await admission.engine.create_chat(
         request, raw_request, admission.visit, lambda reply: count_reply(language, reply), guarded
     )
-    return respond(generated, {**headers(serving), "X-Bimedix-Language": language})
+    return respond(generated, {**headers(admission, serving, request), "X-Bimedix-Language": language})
 
 
 def count_reply(expected: Language, reply: str) -> None:
@@ -63,7 +63,8 @@ def count_reply(expected: Language, reply: str) -> None:
 async def create_completion(request: TextRequest, raw_request: Request, admission: Admitted) -> Response:
     """Continue raw text; with `echo` and `logprobs`, score it."""
     serving = await admission.visit.enter()
-    return respond(await admission.engine.create_completion(request, raw_request, admission.visit), headers(serving))
+    generated = await admission.engine.create_completion(request, raw_request, admission.visit)
+    return respond(generated, headers(admission, serving, request))
 
 
 @router.get("/v1/models")
@@ -72,8 +73,8 @@ async def list_models(request: Request) -> dict[str, Any]:
     return {"object": "list", "data": service(request).loaded().model_cards()}
 
 
-def headers(serving: Serving) -> dict[str, str]:
-    return {"X-Bimedix-Checkpoint": serving.id}
+def headers(admission: Admission, serving: Serving, request: ChatRequest | TextRequest) -> dict[str, str]:
+    return {"X-Bimedix-Checkpoint": admission.engine.name_of(serving, request.model)}
 
 
 def respond(generated: Generated, headers: dict[str, str]) -> Response:

@@ -25,9 +25,15 @@ def make(directory: Path, name: str, change: Callable[[Tensors], None] | None = 
     if change is not None:
         tensors = load_file(folder / "model.safetensors")
         change(tensors)
-        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        save(folder, tensors)
     write_manifest(folder)
     return folder
+
+
+def save(folder: Path, tensors: Tensors) -> None:
+    """Write weights, and a manifest to them."""
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    write_manifest(folder)
 
 
 def write_manifest(folder: Path) -> None:
