@@ -39,7 +39,7 @@ def export_command(
     format: Annotated[Format, typer.Option(help="Vicuna records, one JSON object a line.")] = Format.vicuna,
     output: Annotated[Path | None, typer.Option(help="File to write; by default standard output.")] = None,
 ) -> None:
-    """Write every conversation as a Vicuna record, for `bimedix-train data`."""
+    """Write every conversation as a Vicuna record, as `bimedix-train tune` reads them."""
     _run(_export(_store(store), output))
 
 

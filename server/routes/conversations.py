@@ -18,7 +18,8 @@ from server.service import service
 router = APIRouter(route_class=CheckedRoute, tags=["conversations"])
 
 
-def opened_store(request: Request) -> Store:
+async def opened_store(request: Request) -> Store:
+    """FastAPI dependency: the store. A coroutine, because FastAPI sends a plain function to a thread."""
     return service(request).store
 
 
