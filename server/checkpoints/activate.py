@@ -120,6 +120,9 @@ class Activator:
             await self._activate(outcome, commit)
         except Stopped as stopped:
             outcome.result, outcome.message, outcome.problems = stopped.result, str(stopped), stopped.problems
+        except Exception as error:
+            log.exception("an activation failed before anything was changed")
+            outcome.result, outcome.message = "gave_up", f"unexpected {type(error).__name__}: {error}"
         finally:
             self.phase = None
         ACTIVATIONS.labels(outcome.result).inc()

@@ -17,12 +17,12 @@ from server.checkpoints.tables import AuditRow, DeploymentRow, ReplicaRow
 from server.conversations import schema
 from server.conversations.database import Database
 
-BUSY_SECONDS = 20.0
+BUSY_SECONDS = 30.0
 """How long the deployment stays taken by a replica that died; who lives renews it."""
-ALIVE_SECONDS = 10.0
+ALIVE_SECONDS = 30.0
 """How old the heartbeat of a replica that lives may be."""
 FORGET_SECONDS = 3600.0
-TURN_SECONDS = 30.0
+TURN_SECONDS = 60.0
 """How long a replica that died keeps its turn; who lives renews it."""
 
 

@@ -138,6 +138,8 @@ class Follower:
                 if str(error) != self._complaint:
                     log.warning("replica: %s", error)
                     self._complaint = str(error)
+            except Exception:
+                log.exception("replica: the heartbeat failed")
             await asyncio.sleep(POLL_SECONDS * random.uniform(0.75, 1.25))
 
     async def beat(self) -> None:

@@ -64,7 +64,7 @@ class Rollout:
 
     async def _keep(self, token: str) -> None:
         while True:
-            await asyncio.sleep(BUSY_SECONDS / 4)
+            await asyncio.sleep(BUSY_SECONDS / 6)
             with suppress(StoreError, Busy):
                 await self.deployment.keep(token)
 
@@ -76,6 +76,8 @@ class Rollout:
         if wanted.candidate is not None:
             raise Conflict(f"{wanted.candidate} is served to a share of the conversations: promote or abort it first")
         before = wanted.desired or self.follower.serving
+        if share is not None and id == before:
+            raise Conflict(f"{id} is served to everyone already")
         canaries = await self._canaries(share) if share is not None else []
 
         async def commit() -> None:
@@ -88,7 +90,7 @@ class Rollout:
         outcome = await self.follower.activate(
             id, lambda phase: emit("phase", {"phase": phase, "replica": self.follower.id}), commit
         )
-        if outcome.result == "unchanged" and (share is not None or wanted.desired != id):
+        if outcome.result == "unchanged" and id != wanted.desired:
             await commit()
 
         async def undo() -> None:

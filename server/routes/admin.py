@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import StreamingResponse
@@ -183,8 +183,9 @@ async def _stream(
         raise ApiError(409, str(first), code="deployment_busy")
     if isinstance(first, Exception):
         raise first
-    queue_head = cast(tuple[str, dict[str, Any]], first)
-    return StreamingResponse(_events(queue_head, queue), media_type="text/event-stream")
+    if first is None:
+        raise unavailable("The service is shutting down.", retry_after=5, code="shutting_down")
+    return StreamingResponse(_events(first, queue), media_type="text/event-stream")
 
 
 async def _events(

@@ -72,10 +72,9 @@ def test_thirty_activations_under_load(administered: Administered) -> None:
 
 def test_no_prefix_that_another_checkpoint_left_is_read(administered: Administered) -> None:
     """The same prompt before and after: whole from each, and computed anew."""
-    question = "What is asthma? " + "Please tell me in plain words. " * 12
 
     def ask() -> tuple[str, int]:
-        checkpoint, completion = administered.ask(question, max_tokens=60)
+        checkpoint, completion = administered.ask("What is asthma?")
         cached = completion["usage"]["prompt_tokens_details"]["cached_tokens"]
         return text(completion).replace(";", ".") if checkpoint == TWIN else text(completion), cached
 
