@@ -71,23 +71,20 @@ def test_thirty_activations_under_load(administered: Administered) -> None:
 
 
 def test_no_prefix_that_another_checkpoint_left_is_read(administered: Administered) -> None:
-    """The same prompt before and after: whole from each, and computed anew."""
+    """The same prompt before and after, longer than a block: computed anew, and answered as at the first time."""
+    question = "What is asthma? " + "Please tell me in plain words, will you? " * 25
 
-    def ask() -> tuple[str, int]:
-        checkpoint, completion = administered.ask("What is asthma?")
-        cached = completion["usage"]["prompt_tokens_details"]["cached_tokens"]
-        return text(completion).replace(";", ".") if checkpoint == TWIN else text(completion), cached
+    def ask(checkpoint: str) -> str:
+        administered.serve(checkpoint)
+        fresh, again = (administered.ask(question) for _ in range(2))
+        cached = [one["usage"]["prompt_tokens_details"]["cached_tokens"] for _, one in (fresh, again)]
+        assert cached[0] == 0 and cached[1] > 0
+        assert {name for name, _ in (fresh, again)} == {checkpoint}
+        return text(fresh[1])
 
-    administered.serve(BASE)
-    first, _ = ask()
-    again, cached = ask()
-    assert cached > 0
     administered.serve(TWIN)
-    reply, cached = ask()
-    assert (reply, cached) == (first, 0)
-    administered.serve(BASE)
-    reply, cached = ask()
-    assert (reply, cached) == (first, 0) and again == first
+    replies = [ask(checkpoint) for checkpoint in (BASE, TWIN, BASE, TWIN)]
+    assert replies[0] == replies[2] != replies[1] == replies[3]
 
 
 def test_stored_turns_name_who_answered(administered: Administered) -> None:
@@ -163,7 +160,7 @@ def point_out(folder: Path) -> None:
         (spoil(twin.not_a_number), "q_proj"),
         (spoil(twin.wider), "experts.0.w1"),
         (add_pickle, "pytorch_model.bin"),
-        (link_out, "symbolic link"),
+        (link_out, "is a link"),
         (point_out, "../twin"),
     ],
 )

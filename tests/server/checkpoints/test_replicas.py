@@ -125,13 +125,11 @@ def test_a_canary_is_promoted_or_taken_back(replicas: list[Administered]) -> Non
     pools = [ready(replica, "canary") for replica in replicas]
     assert pools == [200, 503, 503]
     assert [ready(replica, "stable") for replica in replicas] == [503, 200, 200]
-    client = replicas[1].running.client()
+    # A replica hears of the share with its next heartbeat.
+    until(lambda: pool_of_a_conversation(replicas[1])[1] is not None)
     for _ in range(6):
-        conversation = client.conversations.create()
-        answer = client.responses.with_raw_response.create(
-            input="Hello", conversation=conversation.id, max_output_tokens=2
-        )
-        assert answer.headers["x-bimedix-pool"] == ("canary" if in_share(conversation.id, 0.4) else "stable")
+        conversation, pool = pool_of_a_conversation(replicas[1])
+        assert pool == ("canary" if in_share(conversation, 0.4) else "stable")
     refused = httpx.post(f"{first.url}/admin/checkpoints/{TWIN}/activate", headers=headers(), json={}, timeout=PATIENCE)
     assert refused.status_code == 409
     assert "promote or abort" in refused.json()["error"]["message"]
@@ -144,6 +142,14 @@ def test_a_canary_is_promoted_or_taken_back(replicas: list[Administered]) -> Non
     until(lambda: [ready(replica, "stable") for replica in replicas] == [200, 200, 200])
 
 
+def pool_of_a_conversation(replica: Administered) -> tuple[str, str | None]:
+    """A new conversation, and the replicas that its reply says it belongs to."""
+    client = replica.running.client()
+    conversation = client.conversations.create()
+    answer = client.responses.with_raw_response.create(input="Hello", conversation=conversation.id, max_output_tokens=2)
+    return conversation.id, answer.headers.get("x-bimedix-pool")
+
+
 def ready(replica: Administered, pool: str) -> int:
     return httpx.get(f"{replica.url}/ready", params={"pool": pool}, timeout=PATIENCE).status_code
 
@@ -151,12 +157,14 @@ def ready(replica: Administered, pool: str) -> int:
 def test_the_database_goes_and_comes_back(replicas: list[Administered], database: Postgres) -> None:
     """What is served is served on, and activating waits for its return."""
     database.kill()
-    refused = httpx.post(
-        f"{replicas[0].url}/admin/checkpoints/{TWIN}/activate", headers=headers(), json={}, timeout=PATIENCE
-    )
-    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "store_unavailable")
-    assert all_serve(replicas, BASE)
-    database.start()
+    try:
+        refused = httpx.post(
+            f"{replicas[0].url}/admin/checkpoints/{TWIN}/activate", headers=headers(), json={}, timeout=PATIENCE
+        )
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "store_unavailable")
+        assert all_serve(replicas, BASE)
+    finally:
+        database.start()
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
