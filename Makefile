@@ -21,7 +21,7 @@ endif
 # service on a CPU never loads (torchvision, torchaudio and torchcodec in their CUDA builds, and triton).
 INSTALL := $(UV) install --quiet --python $(BIN)/python --no-deps
 
-.PHONY: help serve test lint format embedded-model lock clean
+.PHONY: help serve test test-slow lint format embedded-model lock clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -33,8 +33,11 @@ help: ## show this list
 serve: $(VENV)/.serve-$(DEVICE) ## install what serving needs, then serve on 127.0.0.1:8000
 	@$(BIN)/bimedix serve $(ARGS)
 
-test: $(VENV)/.dev ## install everything, then run all tests
+test: $(VENV)/.dev ## install everything, then run the tests
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(VENV)/.dev ## the tests that start service after service: replicas, and kills in the middle of a redeploy
+	@$(BIN)/python -m pytest -m slow $(ARGS)
 
 lint: $(VENV)/.dev ## check style, formatting and types
 	@$(BIN)/ruff check .

@@ -21,7 +21,7 @@ from hypothesis import settings
 settings.register_profile("tests", deadline=None)
 settings.load_profile("tests")
 
-START_SECONDS = 240
+START_SECONDS = 480
 CLIENTS: list[openai.OpenAI] = []
 
 

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from peft import PeftModel
 from transformers import MixtralForCausalLM
@@ -46,7 +45,6 @@ def served(checkpoint: Path, prompts: list[list[int]]) -> list[list[int]]:
     return replies
 
 
-@pytest.mark.slow
 def test_the_served_checkpoint_answers_as_the_adapter_does(make_recipe: Any, tmp_path: Path) -> None:
     base = tmp_path / "base"
     torch.manual_seed(7)
