@@ -64,7 +64,7 @@ def round_of(directory: Path, registry: Path, canaries: Path, phase: str | None)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_killed_in_any_phase_it_starts_on_the_last_good_checkpoint(
     tmp_path: Path, registry: Path, canaries: Path
 ) -> None:

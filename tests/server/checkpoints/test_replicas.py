@@ -19,7 +19,7 @@ from tests.server.checkpoints.conftest import BASE, PATIENCE, TWIN, Administered
 from tests.server.checkpoints.test_activation import until
 from tests.server.conversations.postgres import Postgres
 
-pytestmark = [pytest.mark.postgresql, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.postgresql, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
