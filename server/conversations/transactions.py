@@ -53,8 +53,14 @@ class Transactions:
     def _start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
         return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            # Whoever waited may be gone: a turn that was interrupted meanwhile is no news to anyone then.
+            task.exception()
 
     async def begin(self, work: Work[RunningTurn | Turn | None]) -> RunningTurn | Turn | None:
         """Begin a turn, and look after it from then on. If the caller is cancelled meanwhile, it leaves no trace."""

@@ -284,7 +284,6 @@ async def test_a_deleted_conversation_ends_its_running_turn(store: Store) -> Non
     assert (await store.count())["conversations"] == 0
 
 
-@pytest.mark.xfail(raises=TurnLost, strict=False, reason="open: on PostgreSQL the next turn is now and then lost")
 async def test_cancelled_requests_leave_the_store_whole(url: str) -> None:
     """Cancelled at any moment, again and again as servers do: the conversation is free and holds whole turns."""
     async with Store(url) as store:
