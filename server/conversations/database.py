@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import aiosqlite
 import asyncpg
 from sqlalchemy import URL, Connection, event, func, make_url, select
 from sqlalchemy import exc as sa
@@ -163,24 +164,29 @@ class Database:
 
 
 def _set_pragmas(connection: Any, _: object) -> None:
-    cursor = connection.cursor()
+    connection.run_async(_apply_pragmas)
+
+
+async def _apply_pragmas(connection: aiosqlite.Connection) -> None:
     for pragma in PRAGMAS:
-        _execute_patiently(cursor, f"PRAGMA {pragma}")
-    cursor.close()
+        await _execute_patiently(connection, f"PRAGMA {pragma}")
 
 
-def _execute_patiently(cursor: Any, statement: str) -> None:
-    """SQLite does not wait by itself where two connections make a new file's log at once: it calls that a deadlock."""
+async def _execute_patiently(connection: aiosqlite.Connection, statement: str) -> None:
+    """SQLite itself does not wait where several want to turn a new file to WAL at once.
+
+    Each reads the file's version, then asks to write it, and whoever reads already is told SQLITE_BUSY without the
+    connection's timeout (`sqlite3BtreeSetVersion` and `sqlite3BtreeBeginTrans` in SQLite's btree.c).
+    """
     deadline = time.monotonic() + BUSY_SECONDS
     while True:
         try:
-            cursor.execute(statement)
+            async with connection.execute(statement):
+                return
         except sqlite3.OperationalError as error:
             if error.sqlite_errorname != "SQLITE_BUSY" or time.monotonic() > deadline:
                 raise
-            time.sleep(0.01)
-        else:
-            return
+            await asyncio.sleep(0.01)
 
 
 def _begin(connection: Connection) -> None:

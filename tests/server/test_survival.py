@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-import shutil
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +18,7 @@ import pytest
 
 from server.conversations.store import Store
 from tests.conftest import RunningService, start_service
-from tests.server.conversations.postgres import Postgres
+from tests.server.conversations.postgres import Postgres, running_postgres
 from tests.server.test_conversations import texts
 
 KILLS = 3
@@ -129,12 +127,8 @@ def until(happened: Callable[[], bool], seconds: float = 120) -> None:
 
 @pytest.fixture(scope="module")
 def database() -> Iterator[Postgres]:
-    # Short, because a socket's path may have 107 characters.
-    folder = Path(tempfile.mkdtemp(prefix="pg"))
-    server = Postgres(folder)
-    yield server
-    server.stop()
-    shutil.rmtree(folder, ignore_errors=True)
+    with running_postgres() as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

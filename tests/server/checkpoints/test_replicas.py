@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -17,19 +16,15 @@ from server.checkpoints.deployment import in_share
 from tests.server.checkpoints import twin
 from tests.server.checkpoints.conftest import BASE, PATIENCE, TWIN, Administered, comes_from, headers, start, text
 from tests.server.checkpoints.test_activation import until
-from tests.server.conversations.postgres import Postgres
+from tests.server.conversations.postgres import Postgres, running_postgres
 
 pytestmark = [pytest.mark.postgresql, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
 def database() -> Iterator[Postgres]:
-    # Short, because a socket's path may have 107 characters.
-    folder = Path(tempfile.mkdtemp(prefix="pg"))
-    server = Postgres(folder)
-    yield server
-    server.stop()
-    shutil.rmtree(folder, ignore_errors=True)
+    with running_postgres() as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

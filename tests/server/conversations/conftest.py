@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
 from server.conversations.store import Store
-from tests.server.conversations.postgres import Postgres
+from tests.server.conversations.postgres import Postgres, running_postgres
 
 OWNER = "clinic"
 BACKENDS = ["sqlite", pytest.param("postgresql", marks=pytest.mark.postgresql)]
@@ -23,12 +21,8 @@ def anyio_backend() -> str:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
-    # Short, because a socket's path may have 107 characters.
-    folder = Path(tempfile.mkdtemp(prefix="pg"))
-    server = Postgres(folder)
-    yield server
-    server.stop()
-    shutil.rmtree(folder, ignore_errors=True)
+    with running_postgres() as server:
+        yield server
 
 
 @pytest.fixture(params=BACKENDS)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
+import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 with warnings.catch_warnings():
@@ -45,3 +49,16 @@ class Postgres:
     def stop(self) -> None:
         """Stop for good; nobody will read the databases again."""
         self.kill()
+
+
+@contextmanager
+def running_postgres() -> Iterator[Postgres]:
+    """A server in a temporary folder, stopped and deleted at the end."""
+    # Short, because a socket's path may have 107 characters.
+    folder = Path(tempfile.mkdtemp(prefix="pg"))
+    server = Postgres(folder)
+    try:
+        yield server
+    finally:
+        server.stop()
+        shutil.rmtree(folder, ignore_errors=True)

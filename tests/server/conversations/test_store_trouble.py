@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import shutil
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +21,7 @@ from server.conversations.errors import StoreError, StoreUnavailable
 from server.conversations.store import Store
 from server.conversations.values import Message
 from tests.server.conversations.conftest import OWNER
-from tests.server.conversations.postgres import Postgres
+from tests.server.conversations.postgres import Postgres, running_postgres
 from tests.server.conversations.test_store import exchange, values
 from tests.server.conversations.test_turns import begin
 
@@ -69,6 +67,17 @@ async def test_nobody_listening_is_unavailable_and_open_may_come_later(tmp_path:
     with pytest.raises(StoreUnavailable):
         await store.create_conversation(OWNER)
     await store.close()
+
+
+async def test_a_new_file_is_opened_after_whoever_else_is_at_it(tmp_path: Path) -> None:
+    """The other has the write lock of a file without a log yet; SQLite says busy at once to those who want one."""
+    path = tmp_path / "conversations.db"
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    asyncio.get_running_loop().call_later(0.2, other.rollback)
+    async with Store(f"sqlite:///{path}") as store:
+        assert (await store.count())["conversations"] == 0
+    other.close()
 
 
 @pytest.fixture
@@ -170,11 +179,8 @@ async def test_a_read_only_server_is_unavailable(postgres: Postgres) -> None:
 
 @pytest.fixture
 def own_postgres() -> Iterator[Postgres]:
-    folder = Path(tempfile.mkdtemp(prefix="pg"))
-    server = Postgres(folder)
-    yield server
-    server.stop()
-    shutil.rmtree(folder, ignore_errors=True)
+    with running_postgres() as server:
+        yield server
 
 
 @pytest.mark.postgresql
