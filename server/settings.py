@@ -103,7 +103,8 @@ class Settings(BaseSettings):
         default=None, description="File with a NAME:KEY a line for /admin; or set BIMEDIX_ADMIN_KEYS."
     )
     adapters: Annotated[tuple[str, ...], NoDecode] = Field(
-        default=(), description="NAME=DIR of a LoRA adapter to serve beside the model under that name (GPU only)."
+        default=(),
+        description="NAME=DIR of a LoRA adapter to serve beside the model under that name; on experts, GPU only.",
     )
     canaries: Path | None = Field(
         default=None, description="YAML file of prompts and limits that a new checkpoint must pass; by default our own."
@@ -143,15 +144,18 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _administered(self) -> Settings:
         administrators = self.administrators
-        if administrators and self.checkpoints is None:
-            raise ValueError("admin keys are for activating checkpoints: name their directory with --checkpoints")
+        if administrators and self.checkpoints is None and not self.takes_adapters:
+            raise ValueError(
+                "admin keys are for activating checkpoints and for adapters: name a directory with --checkpoints, or "
+                "an --adapter"
+            )
         if {key.digest for key in administrators} & {key.digest for key in self.keys}:
             raise ValueError("an admin key is also an API key: make another (openssl rand -hex 24)")
         return self
 
     @model_validator(mode="after")
     def _adapters_stay_with_their_base(self) -> Settings:
-        if self.adapters and self.checkpoints is not None:
+        if self.takes_adapters and self.checkpoints is not None:
             raise ValueError("adapters belong to one base: serve them without --checkpoints")
         return self
 
@@ -166,6 +170,11 @@ class Settings(BaseSettings):
         if value is not None and not value.is_dir():
             raise ValueError(f"there is no directory {value}")
         return value
+
+    @property
+    def takes_adapters(self) -> bool:
+        """Whether vLLM is to apply adapters at run time: those of `adapters`, and what administrators add."""
+        return bool(self.adapters) or "--enable-lora" in self.engine_flags
 
     @property
     def keys(self) -> tuple[ApiKey, ...]:

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 Phase = Literal["verify", "prepare", "drain", "reload", "gate", "commit", "restore"]
 Result = Literal["activated", "unchanged", "refused", "gave_up", "rolled_back", "broken"]
 PIECE = 8 << 20
+UNWATCHED = "the gate did not see the router, which only a model that vLLM does not compile shows (--enforce-eager)"
 SAME = 1.02
 """The perplexity of restored weights, at most so many times what it was: reloading is exact, batching rounds."""
 
@@ -198,6 +199,8 @@ class Activator:
             if isinstance(error, Stopped):
                 raise
             raise Stopped("rolled_back", f"{new.id} was not activated: {error}") from None
+        if not after.used_experts:
+            outcome.message = UNWATCHED
         self.engine.turnstile.serving = new
         self._showing = (new.id, after)
 

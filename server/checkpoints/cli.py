@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from getpass import getuser
 from pathlib import Path
+from socket import gethostname
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,8 +21,8 @@ from server.conversations.errors import StoreError
 from server.settings import Settings
 
 if TYPE_CHECKING:
+    from server.checkpoints.deployment import Deployment
     from server.checkpoints.registry import Checkpoint, Registry
-    from server.conversations.database import Database
 
 app = typer.Typer(help="Keep the checkpoints that a service can be given.", no_args_is_help=True)
 
@@ -107,6 +110,7 @@ def add(
     base: Annotated[str | None, typer.Option(help="What an adapter is merged into; it names its base itself.")] = None,
     id: Annotated[str | None, typer.Option(help="The id that a merged adapter gets.")] = None,
     checkpoints: Root = None,
+    store: StoreUrl = None,
     as_json: AsJson = False,
 ) -> None:
     """Copy a checkpoint into the registry, verified; an adapter is merged first."""
@@ -116,7 +120,7 @@ def add(
     merging = is_adapter(source)
     if not merging and (base or id):
         raise typer.BadParameter("--base and --id are for merging, and this is no adapter", param_hint="SOURCE")
-    with _faults(as_json), shown() as progress:
+    with _faults(as_json), _audited(_deployment_at(store), "add", id or source.resolve().name), shown() as progress:
         registry = _registry(checkpoints)
         if merging:
             added = registry.build(lambda parent: merge(source, parent, base, id), progress)
@@ -136,31 +140,22 @@ def remove(
     as_json: AsJson = False,
 ) -> None:
     """Delete a checkpoint for good, unless the store says that it is in service or was before. Its id stays taken."""
-    from server.conversations.database import Database, default_url
-
     with _faults(as_json):
-        registry = _registry(checkpoints)
-        try:
-            database = Database(store or default_url())
-        except ValueError as error:
-            raise typer.BadParameter(str(error), param_hint="--store") from None
-        file = database.url.database
-        if database.is_sqlite and file and not Path(file).exists():
-            if not yes:
-                question = f"There is no store at {file} to tell. Is {id} neither in service nor was it just before?"
-                typer.confirm(question, abort=True, err=True)
-            registry.remove(id, set())
-        else:
-            asyncio.run(_remove_unused(registry, id, database))
+        registry, deployment = _registry(checkpoints), _deployment_at(store)
+        if deployment is None and not yes:
+            question = f"There is no store to tell. Is {id} neither in service nor was it just before?"
+            typer.confirm(question, abort=True, err=True)
+        with _audited(deployment, "remove", id):
+            if deployment is None:
+                registry.remove(id, set())
+            else:
+                asyncio.run(_remove_unused(registry, id, deployment))
     _report(as_json, f"{id} is removed.", removed=id)
 
 
-async def _remove_unused(registry: Registry, id: str, database: Database) -> None:
+async def _remove_unused(registry: Registry, id: str, deployment: Deployment) -> None:
     """Removes it while nobody can activate it."""
-    from server.checkpoints.deployment import Deployment
-
-    deployment = Deployment(database)
-    try:
+    async with _closed(deployment):
         token = await deployment.take("bimedix checkpoints remove", id)
         try:
             wanted, replicas = await deployment.wanted(), await deployment.replicas()
@@ -168,8 +163,64 @@ async def _remove_unused(registry: Registry, id: str, database: Database) -> Non
             await asyncio.to_thread(registry.remove, id, {name for name in used if name})
         finally:
             await deployment.release(token)
+
+
+def _deployment_at(store: str | None) -> Deployment | None:
+    """The deployment in a store; None where no service has made one yet."""
+    from server.checkpoints.deployment import Deployment
+    from server.conversations.database import Database, default_url
+
+    try:
+        database = Database(store or default_url())
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--store") from None
+    file = database.url.database
+    return None if database.is_sqlite and file and not Path(file).exists() else Deployment(database)
+
+
+@contextmanager
+def _audited(deployment: Deployment | None, what: str, id: str) -> Iterator[None]:
+    """Keeps an action at this terminal in the audit log, where there is one. Raises StoreError before it begins."""
+    if deployment is None:
+        yield
+        return
+    number = asyncio.run(_begun(deployment, what, id))
+    result, message = "failed", ""
+    try:
+        yield
+        result = "done"
+    except CheckpointError as error:
+        result, message = "refused", str(error)
+        raise
     finally:
-        await database.dispose()
+        asyncio.run(_ended(deployment, number, result, message))
+
+
+def _user() -> str:
+    try:
+        return getuser()
+    except (KeyError, OSError):
+        # Containers run as users without a name.
+        return f"user {os.getuid()}"
+
+
+async def _begun(deployment: Deployment, what: str, id: str) -> int:
+    async with _closed(deployment):
+        return await deployment.begin_action(f"{_user()} (terminal)", what, id, gethostname()[:128])
+
+
+async def _ended(deployment: Deployment, number: int, result: str, message: str) -> None:
+    async with _closed(deployment):
+        await deployment.end_action(number, result, message)
+
+
+@asynccontextmanager
+async def _closed(deployment: Deployment) -> AsyncIterator[None]:
+    """Leaves no connection behind: those belong to an event loop, and each step at a terminal has one of its own."""
+    try:
+        yield
+    finally:
+        await deployment.database.dispose()
 
 
 def _registry(root: Path | None) -> Registry:

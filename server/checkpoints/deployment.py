@@ -7,13 +7,14 @@ import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 from sqlalchemy import CursorResult, delete, func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from server.checkpoints.errors import CheckpointError
-from server.checkpoints.tables import AuditRow, DeploymentRow, ReplicaRow
+from server.checkpoints.tables import AdapterRow, AuditRow, DeploymentRow, ReplicaRow
 from server.conversations import schema
 from server.conversations.database import Database
 
@@ -64,6 +65,14 @@ class Replica:
         return self.age <= ALIVE_SECONDS
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where an adapter's content is. Without a `revision` it is whatever is found there."""
+
+    directory: Path
+    revision: str | None = None
+
+
 def in_share(conversation_id: str, share: float) -> bool:
     """Whether a conversation is one of the canary's: always the same ones, and more of them as `share` grows."""
     digest = hashlib.sha256(conversation_id.encode()).digest()
@@ -71,7 +80,7 @@ def in_share(conversation_id: str, share: float) -> bool:
 
 
 class Deployment:
-    """Short transactions on the three tables. All of them raise StoreUnavailable while the database is away."""
+    """Short transactions on their tables. All of them raise StoreUnavailable while the database is away."""
 
     def __init__(self, database: Database) -> None:
         self.database = database
@@ -190,6 +199,22 @@ class Deployment:
                 Replica(r.id, r.checkpoint, r.canary, r.state, r.failed_revision, r.message, now - r.heartbeat_at)
                 for r in rows
             ]
+
+    # Adapters
+
+    async def adapters(self) -> dict[str, Place | None]:
+        """What administrators have made of each adapter's name; None where they removed it."""
+        async with self._read() as (session, _):
+            rows = await session.scalars(select(AdapterRow).order_by(AdapterRow.name))
+            return {row.name: Place(Path(row.directory), row.revision) if row.directory else None for row in rows}
+
+    async def want_adapter(self, name: str, place: Place | None) -> None:
+        """All replicas are to apply what is there under this name, or nothing."""
+        async with self._write() as (session, now):
+            row = await session.get(AdapterRow, name) or AdapterRow(name=name)
+            row.directory, row.revision = (str(place.directory), place.revision) if place else (None, None)
+            row.changed_at = now
+            session.add(row)
 
     # Audit
 

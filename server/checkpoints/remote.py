@@ -1,11 +1,13 @@
-"""`bimedix checkpoints activate` and its like: what is asked of a running service, with an admin key."""
+"""`bimedix checkpoints activate`, `bimedix adapters`: what is asked of a running service, with an admin key."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import typer
 
@@ -16,6 +18,9 @@ Key = Annotated[str, typer.Option(envvar="BIMEDIX_ADMIN_KEY", help="An admin key
 AsJson = Annotated[bool, typer.Option("--json", help="End with one line of JSON.")]
 Id = Annotated[str, typer.Argument(metavar="ID", help="As `list` shows it.")]
 LOCAL = "http://127.0.0.1:8000"
+
+
+adapters_app = typer.Typer(help="The LoRA adapters that a running service applies.", no_args_is_help=True)
 
 
 def add_to(app: typer.Typer) -> None:
@@ -82,11 +87,54 @@ def audit(
         typer.echo(f"{when}  {one['who']}  {what}  {one['result'] or 'not ended'}  {one['message'] or ''}".rstrip())
 
 
+Name = Annotated[str, typer.Argument(metavar="NAME", help="What requests call it.")]
+
+
+@adapters_app.command("list")
+def list_adapters(url: Url = LOCAL, admin_key: Key = "", as_json: AsJson = False) -> None:
+    """The adapters of a replica, and how many requests use each."""
+    found = _get(url, admin_key, "adapters")["data"]
+    lines = [
+        f"{one['name']}  {one['revision'] or '-'}  {one['requests']} requests  {one['problem'] or ''}".rstrip()
+        for one in found
+    ]
+    typer.echo(json.dumps(found) if as_json else "\n".join(lines) or "There is no adapter.")
+
+
+@adapters_app.command("add")
+def add_adapter(
+    name: Name,
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Where every replica finds it: an adapter of `bimedix-train tune`.")
+    ],
+    url: Url = LOCAL,
+    admin_key: Key = "",
+    as_json: AsJson = False,
+) -> None:
+    """Apply an adapter from now on. Under a name that is taken it replaces the one before; nobody is interrupted."""
+    body = {"directory": str(directory.absolute())}
+    report = _ask("PUT", url, admin_key, f"adapters/{quote(name, safe='')}", json=body)
+    typer.echo(json.dumps(report) if as_json else f"{report['result']}: {report['revision']}")
+
+
+@adapters_app.command("remove")
+def remove_adapter(name: Name, url: Url = LOCAL, admin_key: Key = "", as_json: AsJson = False) -> None:
+    """Take an adapter away; ends when the last request that uses it has ended."""
+    report = _ask("DELETE", url, admin_key, f"adapters/{quote(name, safe='')}")
+    typer.echo(json.dumps(report) if as_json else f"removed: {report['revision']}, after {report['seconds']:.1f} s")
+
+
 def _get(url: str, key: str, path: str) -> Any:
+    return _ask("GET", url, key, path)
+
+
+def _ask(method: str, url: str, key: str, path: str, **options: Any) -> Any:
     import httpx
 
+    # Only reading is known to be quick: an adapter may be large, and its last request long.
+    timeout = 30 if method == "GET" else None
     with _faults():
-        response = httpx.get(f"{url}/admin/{path}", headers=_headers(key), timeout=30)
+        response = httpx.request(method, f"{url}/admin/{path}", headers=_headers(key), timeout=timeout, **options)
         _refuse(response)
         return response.json()
 

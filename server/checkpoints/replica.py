@@ -31,6 +31,11 @@ FAILED = {"refused", "rolled_back"}
 """What trying again would not change."""
 
 
+def new_id() -> str:
+    """A name for this process among the replicas."""
+    return f"{socket.gethostname()[:60]}-{os.getpid()}-{secrets.token_hex(3)}"
+
+
 async def starting_point(catalogue: Catalogue, deployment: Deployment) -> Serving:
     """The checkpoint to start with: the wanted one, else the one before it, else the one that was configured.
 
@@ -76,10 +81,9 @@ def write_note(root: Path, id: str) -> None:
 class Follower:
     """Tells the database what this replica serves, and follows what the database wants."""
 
-    def __init__(self, activator: Activator, deployment: Deployment, at_once: int) -> None:
+    def __init__(self, id: str, activator: Activator, deployment: Deployment, at_once: int) -> None:
         """`at_once`: how many replicas may change their checkpoint at the same time."""
-        self.activator, self.deployment, self.at_once = activator, deployment, at_once
-        self.id = f"{socket.gethostname()[:60]}-{os.getpid()}-{secrets.token_hex(3)}"
+        self.id, self.activator, self.deployment, self.at_once = id, activator, deployment, at_once
         self.broken = asyncio.Event()
         self.message = ""
         self.failed_revision: int | None = None

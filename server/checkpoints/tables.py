@@ -1,4 +1,5 @@
-"""Which checkpoint the replicas of one database serve, who they are, and who changed what. Migration 0002 made these.
+"""Which checkpoint the replicas of one database serve, who they are, who changed what, and which adapters
+are applied beside it. Migrations 0002 and 0003 made these.
 
 Times are seconds since the Unix epoch, by the database's clock.
 """
@@ -67,3 +68,17 @@ class AuditRow(Base):
     ended_at: Mapped[float | None] = mapped_column(Double)
     result: Mapped[str | None] = mapped_column(String(16))
     message: Mapped[str | None] = mapped_column(Text)
+
+
+class AdapterRow(Base):
+    """What an administrator last did to an adapter's name: `directory` is null where it was removed.
+
+    It overrides the `--adapter` of that name. `revision` is its content, which every replica has to find there.
+    """
+
+    __tablename__ = "adapters"
+
+    name: Mapped[str] = mapped_column(String(100), primary_key=True)
+    directory: Mapped[str | None] = mapped_column(Text)
+    revision: Mapped[str | None] = mapped_column(String(128))
+    changed_at: Mapped[float] = mapped_column(Double)

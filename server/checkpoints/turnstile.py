@@ -119,16 +119,16 @@ class Visit:
 
     def __init__(self, turnstile: Turnstile) -> None:
         self._turnstile = turnstile
-        self._inside = False
+        self.inside = False
 
     async def enter(self) -> Serving:
         """The checkpoint that will answer."""
         serving = await self._turnstile.enter()
-        self._inside = True
+        self.inside = True
         return serving
 
     def leave(self) -> None:
         """The engine has all of the prompts, or will get none."""
-        if self._inside:
-            self._inside = False
+        if self.inside:
+            self.inside = False
             self._turnstile.leave()

@@ -181,8 +181,8 @@ async def generate(live: LiveTurn, ask: Ask, admission: Admission, request: Chat
     turn, engine, visit = live.turn, admission.engine, admission.visit
     live.pool = admission.pool(turn.conversation_id)
     serving = await visit.enter()
+    turn.checkpoint = engine.claim(serving, request, visit)
     request.messages = await prepare(live, ask, engine, serving)
-    turn.checkpoint = engine.name_of(serving, request.model)
     request.request_id = turn.response_id
     guarded = cast(Language, turn.language) if ask.guarded else None
     try:

@@ -69,6 +69,7 @@ _NOT_ARABIZI = re.compile(
 _PERSIAN_LETTER = re.compile("[پچژگکی]")
 # Letters of Urdu, Kurdish, Pashto and Uyghur. Arabic dialects borrow none of them.
 _FOREIGN_LETTER = re.compile("[ٹڈڑںہےێۆڕڵېۍښټډځڼړ]|ە(?=[\u0620-\u06d3])")
+_UNARABIC_LETTER = re.compile("[پچژگکیٹڈڑںہےێۆڕڵېۍښټډځڼړە]")  # any of both
 
 _WHOLE_LETTERS = frozenset("AaIi")  # the letters that are words
 _FRAME_WEIGHT, _WORD_WEIGHT = 2, 1
@@ -110,7 +111,10 @@ def is_arabic(text: str) -> bool:
 
 def is_foreign_latin(text: str) -> bool:
     """Whether the Latin-script words of `text` are a sentence of another language than English: French, Turkish ..."""
-    telling = _telling(_LATIN_WORD.findall(text.replace("’", "'")))
+    spelled = _LATIN_WORD.findall(text.replace("’", "'"))
+    if words.FOREIGN_FRAME.isdisjoint(map(str.lower, spelled)):
+        return False
+    telling = _telling(spelled)
     foreign = sum(word in words.FOREIGN_FRAME for word in telling)
     english = sum(word in words.ENGLISH_FRAME or word in words.ENGLISH_GLUE for word in telling)
     return foreign >= max(2, english + 1) and detect(text) != "en"
@@ -274,10 +278,11 @@ def _arabic_script_language(text: str) -> Language | None:
     """Arabic, or None for Persian, Urdu ...: letters and common words decide, and langdetect where they do not."""
     bare = _MARKS.sub("", text)
     spelled = _ARABIC_WORD.findall(bare)
-    foreign = sum(word in words.PERSIAN or word in words.URDU for word in spelled)
+    if not _UNARABIC_LETTER.search(bare) and words.PERSIAN_OR_URDU.isdisjoint(spelled):
+        return "ar"
+    foreign = sum(word in words.PERSIAN_OR_URDU for word in spelled)
     strong = len(_FOREIGN_LETTER.findall(bare))
-    lettered = _PERSIAN_LETTER.search(bare)
-    if not (foreign or strong or lettered):
+    if not (foreign or strong or _PERSIAN_LETTER.search(bare)):
         return "ar"
     native = sum(
         word in words.ARABIC_FRAME or (word.endswith("ه") and "ة" in bare) for word in _ARABIC_WORD.findall(plain(bare))

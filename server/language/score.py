@@ -24,6 +24,7 @@ On the benchmark's published Arabic replies this gives an LPR of 47.8% for Mixtr
 import json
 import re
 from collections.abc import Iterable
+from itertools import islice
 from os import PathLike
 from typing import Literal, NamedTuple
 
@@ -133,12 +134,22 @@ def _record(line: str, where: str) -> tuple[Language, str]:
 
 
 def _judged_lines(text: str) -> list[str]:
-    lines = _ADDRESS.sub(" ", text).splitlines()
-    long_enough = [line for line in lines if len(_WORD.findall(line)) >= _SHORT_LINE]
-    return long_enough or [" ".join(lines)]
+    if "/" in text or "@" in text or "www." in text:
+        text = _ADDRESS.sub(" ", text)
+    lines = text.splitlines()
+    if len(lines) == 1:
+        return lines
+    return [line for line in lines if _is_long(line)] or [" ".join(lines)]
+
+
+def _is_long(line: str) -> bool:
+    return sum(1 for _ in islice(_WORD.finditer(line), _SHORT_LINE)) == _SHORT_LINE
 
 
 def _line_language(line: str) -> _LineLanguage:
+    if line.isascii():
+        # No other script to weigh it against: the words need not be told apart.
+        return "none" if not _WORD.search(line) else "other" if is_foreign_latin(line) else "en"
     arabic, latin, other = _by_script(line)
     if arabic:
         latin = [word for word in latin if _counts_beside_arabic(word)]
@@ -157,7 +168,10 @@ def _by_script(line: str) -> tuple[list[str], list[str], list[str]]:
     latin: list[str] = []
     other: list[str] = []
     for word in _WORD.findall(line):
-        (arabic if _ARABIC.match(word) else latin if _LATIN.match(word) else other).append(word)
+        if word.isascii():
+            latin.append(word)
+        else:
+            (arabic if _ARABIC.match(word) else latin if _LATIN.match(word) else other).append(word)
     return arabic, latin, other
 
 

@@ -46,10 +46,11 @@ class Nothing(BaseModel):
 
 
 def running(request: Request) -> Follower:
-    """FastAPI dependency: this replica. Raises ApiError 503 while it loads."""
+    """FastAPI dependency: this replica. Raises ApiError 503 while it loads, 404 where there is no registry."""
     current = service(request)
     current.loaded()
-    assert current.follower is not None
+    if current.follower is None:
+        raise ApiError(404, "This service was started without --checkpoints.", code="registry_off")
     return current.follower
 
 

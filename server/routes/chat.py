@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from server.auth import require_key
-from server.checkpoints.serving import Serving
+from server.conversations.idempotency import idempotency
 from server.engine import ChatCompletionResponse, CompletionResponse, Generated, with_cancellation
 from server.errors import ApiError
 from server.language import Language
@@ -19,7 +19,7 @@ from server.limits import CheckedRoute
 from server.metrics import REPLY_LANGUAGES, count_cleaned
 from server.requests import ChatRequest, TextRequest
 from server.routes.chat_turns import answer_turn
-from server.routes.conversations import OnceOnly, Opened, Owner
+from server.routes.conversations import Owner
 from server.service import Admission, admitted, service
 from server.vicuna import normalise
 
@@ -30,12 +30,15 @@ Admitted = Annotated[Admission, Depends(admitted)]
 @router.post("/v1/chat/completions", response_model=ChatCompletionResponse)
 @with_cancellation
 async def create_chat_completion(
-    request: ChatRequest, raw_request: Request, admission: Admitted, owner: Owner, store: Opened, once: OnceOnly
+    request: ChatRequest, raw_request: Request, admission: Admitted, owner: Owner
 ) -> Response:
     """Answer a conversation, as JSON or as server-sent events."""
+    current = service(raw_request)
+    # Not a dependency, which would cost each request more than this.
+    once = await idempotency(raw_request)
     if request.conversation is not None:
-        return await answer_turn(request, admission, store, owner, once, service(raw_request).settings)
-    policy = request.language_policy or service(raw_request).settings.language_policy
+        return await answer_turn(request, admission, current.store, owner, once, current.settings)
+    policy = request.language_policy or current.settings.language_policy
     cleaned = [clean(message["content"]) for message in request.messages]
     count_cleaned(cleaned)
     try:
@@ -45,13 +48,14 @@ async def create_chat_completion(
     except ValueError as error:
         raise ApiError(400, str(error), param="messages", code="invalid_value") from None
     serving = await admission.visit.enter()
+    checkpoint = admission.engine.claim(serving, request, admission.visit)
     directives = serving.directives if policy != "off" else NO_DIRECTIVES
     request.messages, language = guide(messages, request.language, directives)
     guarded = language if policy == "guard" else None
     generated = await admission.engine.create_chat(
         request, raw_request, admission.visit, lambda reply: count_reply(language, reply), guarded
     )
-    return respond(generated, {**headers(admission, serving, request), "X-Bimedix-Language": language})
+    return respond(generated, {"X-Bimedix-Checkpoint": checkpoint, "X-Bimedix-Language": language})
 
 
 def count_reply(expected: Language, reply: str) -> None:
@@ -63,18 +67,15 @@ def count_reply(expected: Language, reply: str) -> None:
 async def create_completion(request: TextRequest, raw_request: Request, admission: Admitted) -> Response:
     """Continue raw text; with `echo` and `logprobs`, score it."""
     serving = await admission.visit.enter()
+    checkpoint = admission.engine.claim(serving, request, admission.visit)
     generated = await admission.engine.create_completion(request, raw_request, admission.visit)
-    return respond(generated, headers(admission, serving, request))
+    return respond(generated, {"X-Bimedix-Checkpoint": checkpoint})
 
 
 @router.get("/v1/models")
 async def list_models(request: Request) -> dict[str, Any]:
-    """The checkpoint that is served, and what it is."""
+    """The checkpoint that is served, and the adapters over it."""
     return {"object": "list", "data": service(request).loaded().model_cards()}
-
-
-def headers(admission: Admission, serving: Serving, request: ChatRequest | TextRequest) -> dict[str, str]:
-    return {"X-Bimedix-Checkpoint": admission.engine.name_of(serving, request.model)}
 
 
 def respond(generated: Generated, headers: dict[str, str]) -> Response:

@@ -83,6 +83,27 @@ def test_what_the_store_says_is_in_use_stays(registry: Path, tmp_path: Path) -> 
     assert [each["id"] for each in last_line(run("list", "--json"))["checkpoints"]] == ["small-1", "small-2", "small-3"]
 
 
+async def audited(url: str) -> list[tuple[str, str, str]]:
+    """What was done to what and with which result, the newest last."""
+    database = Database(url)
+    log = await Deployment(database).audit(10, None)
+    await database.dispose()
+    assert all(one["who"].endswith(" (terminal)") for one in log)
+    return [(one["what"], one["checkpoint"], one["result"]) for one in reversed(log)]
+
+
+def test_what_is_done_at_the_terminal_is_audited(registry: Path, small: Path) -> None:
+    asyncio.run(deploy(os.environ["BIMEDIX_STORE"], "other-1", "other-2", "other-1"))
+    run("add", small)
+    run("add", make_checkpoint(small.parent / "changed", "small-1", seed=9))
+    run("remove", "small-1")
+    assert asyncio.run(audited(os.environ["BIMEDIX_STORE"])) == [
+        ("add", "small", "done"),
+        ("add", "changed", "refused"),
+        ("remove", "small-1", "done"),
+    ]
+
+
 def test_nothing_is_removed_while_an_activation_runs(registry: Path, small: Path) -> None:
     """It says who is at it."""
 
@@ -100,8 +121,10 @@ def test_nothing_is_removed_while_an_activation_runs(registry: Path, small: Path
 
 def test_a_store_that_is_away(registry: Path, small: Path) -> None:
     run("add", small)
-    result = run("remove", "small-1", "--store", "postgresql://nobody@127.0.0.1:1/none")
-    assert (result.exit_code, "store is unavailable" in result.stderr) == (1, True)
+    away = ("--store", "postgresql://nobody@127.0.0.1:1/none")
+    for action in (("remove", "small-1"), ("add", small)):
+        result = run(*action, *away)
+        assert (result.exit_code, "store is unavailable" in result.stderr) == (1, True)
     assert run("remove", "small-1", "--store", "nonsense").exit_code == 2
     assert (registry / "small-1").is_dir()
 

@@ -24,11 +24,12 @@ from tests.server.conversations.conftest import OWNER
 
 pytestmark = pytest.mark.anyio
 
-NEXT = """
+NEWEST = schema.newest()
+NEXT = f"""
 import sqlalchemy as sa
 from alembic import op
-revision = "0003"
-down_revision = "0002"
+revision = "9999"
+down_revision = "{NEWEST}"
 def upgrade() -> None:
     op.add_column("conversations", sa.Column("colour", sa.Text()))
 """
@@ -39,7 +40,7 @@ def newer(tmp_path: Path) -> Path:
     """The migrations of a later version of the software."""
     folder = tmp_path / "100% newer"
     shutil.copytree(schema.MIGRATIONS, folder)
-    (folder / "versions" / "0003_colour.py").write_text(NEXT)
+    (folder / "versions" / "9999_colour.py").write_text(NEXT)
     return folder
 
 
@@ -74,9 +75,9 @@ async def test_an_older_store_is_refused_until_it_is_migrated(
         await Store(url).open()
     command = str(caught.value).partition("Run: ")[2]
     assert command.startswith("bimedix conversations migrate --store ")
-    assert "0002" in str(caught.value)
+    assert NEWEST in str(caught.value)
     done = await asyncio.to_thread(CliRunner().invoke, app, ["migrate", "--store", url, "--json"])
-    assert (done.exit_code, done.stdout) == (0, '{"schema": "0003"}\n'), done.output
+    assert (done.exit_code, done.stdout) == (0, '{"schema": "9999"}\n'), done.output
     async with Store(url) as store:
         assert (await store.get_conversation(OWNER, made.id)).id == made.id
 
@@ -88,7 +89,7 @@ async def test_a_newer_store_is_refused(url: str, newer: Path, monkeypatch: pyte
             pass
     database = Database(url)
     for attempt in (Store(url).open(), schema.migrate(database)):
-        with pytest.raises(SchemaMismatch, match=r"newer than this version's 0002.*pip install --upgrade bimedix"):
+        with pytest.raises(SchemaMismatch, match=rf"newer than this version's {NEWEST}.*pip install --upgrade"):
             await attempt
     await database.dispose()
 
