@@ -14,7 +14,7 @@ from server.checkpoints.activate import Outcome
 from server.checkpoints.deployment import BUSY_SECONDS, Busy, Deployment, Replica
 from server.checkpoints.errors import CheckpointError
 from server.checkpoints.replica import POLL_SECONDS, Follower
-from server.conversations.errors import StoreError
+from server.conversations.errors import StoreError, StoreUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +28,10 @@ Emit = Callable[[str, dict[str, Any]], None]
 
 class Conflict(CheckpointError):
     """What is asked for does not fit what the deployment is doing."""
+
+
+class Unconfirmed(CheckpointError):
+    """The database was lost in the middle of a commit."""
 
 
 Undo = Callable[[], Awaitable[None]]
@@ -81,11 +85,17 @@ class Rollout:
         canaries = await self._canaries(share) if share is not None else []
 
         async def commit() -> None:
-            async with asyncio.timeout(COMMIT_SECONDS):
-                if share is None:
-                    await self.deployment.want(action.token, id, before)
-                else:
-                    await self.deployment.want_canary(action.token, id, share, canaries, before)
+            try:
+                async with asyncio.timeout(COMMIT_SECONDS):
+                    if share is None:
+                        await self.deployment.want(action.token, id, before)
+                    else:
+                        await self.deployment.want_canary(action.token, id, share, canaries, before)
+            except (StoreUnavailable, TimeoutError):
+                raise Unconfirmed(
+                    f"the database did not confirm {id}. Should it have taken it, every replica follows within "
+                    "seconds: see bimedix checkpoints status"
+                ) from None
 
         outcome = await self.follower.activate(
             id, lambda phase: emit("phase", {"phase": phase, "replica": self.follower.id}), commit

@@ -272,7 +272,7 @@ def test_without_its_database_nothing_is_activated(administered: Administered) -
     finally:
         other.close()
     assert report["result"] == "rolled_back"
-    assert "store is unavailable" in report["message"]
+    assert "the database did not confirm" in report["message"]
     assert administered.get("status")["desired"] == BASE
 
 
@@ -281,6 +281,7 @@ def test_without_its_database_nothing_is_activated(administered: Administered) -
 PATHS = [
     ("GET", "checkpoints"), ("GET", f"checkpoints/{TWIN}"), ("POST", f"checkpoints/{TWIN}/activate"),
     ("POST", "promote"), ("POST", "abort"), ("GET", "status"), ("GET", "audit"),
+    ("GET", "adapters"), ("PUT", "adapters/x"), ("DELETE", "adapters/x"),
 ]  # fmt: skip
 
 
@@ -288,7 +289,10 @@ PATHS = [
 def test_only_administrators_may(administered: Administered, method: str, path: str) -> None:
     for authorization in ({}, {"Authorization": f"Bearer {KEY}"}, {"Authorization": f"Bearer {ADMIN}x"}):
         response = httpx.request(
-            method, f"{administered.url}/admin/{path}", headers=authorization, json={} if method == "POST" else None
+            method,
+            f"{administered.url}/admin/{path}",
+            headers=authorization,
+            json={} if method in {"POST", "PUT"} else None,
         )
         assert response.status_code == 401
         assert response.json()["error"]["code"] == "invalid_api_key"
