@@ -19,10 +19,9 @@ def keep_expert_kernels() -> None:
     vLLM 0.32 gives them Triton's as soon as it applies any adapter, also where adapters are for attention and the
     router only and there is no Triton.
     """
-    select = unquantized_fused_moe_method.select_unquantized_moe_backend
-    unquantized_fused_moe_method.select_unquantized_moe_backend = lambda moe_config: select(
-        replace(moe_config, is_lora_enabled=False)
-    )
+    method: Any = unquantized_fused_moe_method
+    select = method.select_unquantized_moe_backend
+    method.select_unquantized_moe_backend = lambda moe_config: select(replace(moe_config, is_lora_enabled=False))
 
 
 if not HAS_TRITON:

@@ -283,6 +283,7 @@ PATHS = [
     ("POST", "promote"), ("POST", "abort"), ("GET", "status"), ("GET", "audit"),
     ("GET", "adapters"), ("PUT", "adapters/x"), ("DELETE", "adapters/x"),
 ]  # fmt: skip
+BODIES: dict[str, dict[str, Any]] = {"POST": {}, "PUT": {}}
 
 
 @pytest.mark.parametrize(("method", "path"), PATHS)
@@ -292,7 +293,7 @@ def test_only_administrators_may(administered: Administered, method: str, path: 
             method,
             f"{administered.url}/admin/{path}",
             headers=authorization,
-            json={} if method in {"POST", "PUT"} else None,
+            json=BODIES.get(method),
         )
         assert response.status_code == 401
         assert response.json()["error"]["code"] == "invalid_api_key"
@@ -317,7 +318,5 @@ def test_what_cannot_be_done_says_why(administered: Administered, path: str, bod
 
 @pytest.mark.parametrize(("method", "path"), PATHS)
 def test_without_admin_keys_there_is_no_administration(service: Any, method: str, path: str) -> None:
-    response = httpx.request(
-        method, f"{service.url}/admin/{path}", headers=headers(), json={} if method == "POST" else None
-    )
+    response = httpx.request(method, f"{service.url}/admin/{path}", headers=headers(), json=BODIES.get(method))
     assert (response.status_code, response.json()["error"]["code"]) == (404, "admin_off")

@@ -11,7 +11,7 @@ from sqlalchemy import event, update
 
 from server.checkpoints import deployment as module
 from server.checkpoints.activate import Catalogue
-from server.checkpoints.deployment import Busy, Deployment, in_share
+from server.checkpoints.deployment import Busy, Deployment, Place, in_share
 from server.checkpoints.registry import Registry
 from server.checkpoints.replica import read_note, starting_point, write_note
 from server.checkpoints.serving import read_serving
@@ -107,6 +107,14 @@ async def test_actions_are_written_down(deployment: Deployment) -> None:
     assert (oldest["result"], oldest["message"], oldest["replica"]) == ("rolled_back", "it did not pass", "r1")
     assert oldest["ended_at"] >= oldest["begun_at"]
     assert [one["number"] for one in await deployment.audit(10, second)] == [first]
+
+
+async def test_adapters_are_remembered_and_so_is_their_removal(deployment: Deployment) -> None:
+    assert await deployment.adapters() == {}
+    first, second = Place(Path("/a/1"), "skin@1"), Place(Path("/a/2"), "skin@2")
+    for place in (first, second, None, first):
+        await deployment.want_adapter("skin", place)
+        assert await deployment.adapters() == {"skin": place}
 
 
 def test_the_share_is_sticky_and_grows() -> None:

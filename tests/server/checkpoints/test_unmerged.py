@@ -64,18 +64,18 @@ def test_names_do_not_repeat() -> None:
         parse_entries(["a=x", "a=y"])
 
 
+def link(adapter: Path) -> None:
+    weights = adapter / "adapter_model.safetensors"
+    weights.symlink_to(weights.rename(adapter / "elsewhere.safetensors"))
+
+
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 BREAKAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "not there": (lambda a: (a / "adapter_config.json").unlink(), "not there as a file of its own"),
     "no weights": (lambda a: (a / "adapter_model.safetensors").unlink(), "not there as a file of its own"),
     "truncated": (lambda a: (a / "adapter_model.safetensors").write_bytes(b"x" * 5), "truncated"),
     "a pickle": (lambda a: (a / "adapter_model.safetensors").rename(a / "adapter_model.bin"), "not there as a file"),
-    "a link": (
-        lambda a: (
-            (a / "adapter_model.safetensors").rename(a / "w") and (a / "adapter_model.safetensors").symlink_to("w")
-        ),
-        "file of its own",
-    ),
+    "a link": (link, "file of its own"),
     "not json": (lambda a: (a / "adapter_config.json").write_text("{"), "adapter_config.json"),
     "another method": (lambda a: configure(a, peft_type="IA3"), "not a LoRA adapter"),
     "no rank": (lambda a: configure(a, r="8"), "gives no rank"),
