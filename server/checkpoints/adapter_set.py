@@ -43,7 +43,9 @@ class AdapterSet:
         self.problems: dict[str, tuple[Place, str]] = {}
         """Adapters that are wanted and could not be loaded here."""
         self._changing = asyncio.Lock()
-        self._retiring: set[asyncio.Task[None]] = set()
+        self._retiring: dict[str, Applied] = {}
+        """By revision: those without a name, which requests still use."""
+        self._waiting: set[asyncio.Task[None]] = set()
         self._complaint = ""
 
     async def start(self) -> None:
@@ -68,7 +70,7 @@ class AdapterSet:
                 await self.deployment.want_adapter(name, Place(directory, new.revision))
             except StoreError:
                 if new is not old:
-                    await self.engine.unload_adapter(new)
+                    self._retire(new)
                 raise
             self._publish(new)
             return new, old
@@ -138,9 +140,9 @@ class AdapterSet:
                     log.warning("the adapter %s is not applied here: %s", name, error)
 
     async def stop(self) -> None:
-        for task in self._retiring:
+        for task in self._waiting:
             task.cancel()
-        await asyncio.gather(*self._retiring, return_exceptions=True)
+        await asyncio.gather(*self._waiting, return_exceptions=True)
 
     async def _load(self, name: str, place: Place) -> Applied:
         """Load what is there, or find it loaded already. Raises AdapterRefused."""
@@ -156,6 +158,8 @@ class AdapterSet:
             current = self.engine.adapters.get(name)
             if current and current.revision == revision:
                 return current
+            if returning := self._retiring.pop(revision, None):
+                return returning
             applied = await self.engine.load_adapter(adapter, revision)
             # vLLM reads the file by its name: what it has loaded has to be what was checked.
             if await asyncio.to_thread(adapter.verify, self.engine.expected_tensors) != digest:
@@ -172,13 +176,18 @@ class AdapterSet:
             self._retire(old)
 
     def _retire(self, applied: Applied) -> asyncio.Task[None]:
-        """Unload an adapter that has no name any more, once its last request has ended."""
+        """Unload an adapter that has no name any more once its last request has ended, unless it is wanted again."""
+        self._retiring[applied.revision] = applied
         task = asyncio.create_task(self._unload_unused(applied))
-        self._retiring.add(task)
-        task.add_done_callback(self._retiring.discard)
+        self._waiting.add(task)
+        task.add_done_callback(self._waiting.discard)
         return task
 
     async def _unload_unused(self, applied: Applied) -> None:
-        while self.engine.requests_of(applied):  # noqa: ASYNC110 - the engine does not announce that it has finished
+        while applied.revision in self._retiring:
+            if not self.engine.requests_of(applied):
+                del self._retiring[applied.revision]
+                await self.engine.unload_adapter(applied)
+                return
+            # The engine does not announce that it has finished.
             await asyncio.sleep(UNUSED_POLL_SECONDS)
-        await self.engine.unload_adapter(applied)

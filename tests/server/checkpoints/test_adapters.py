@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,22 @@ def test_removal_waits_for_the_last_request(adapted: Administered, skin: str) ->
     gone = httpx.post(f"{adapted.url}/v1/chat/completions", json=body, timeout=PATIENCE)
     assert (gone.status_code, gone.json()["error"]["code"]) == (404, "model_not_found")
     assert skin not in names(adapted)
+
+
+def test_a_content_that_comes_back_before_its_last_request_ended_stays(
+    adapted: Administered, skin: str, folders: dict[str, Path]
+) -> None:
+    body = {"model": skin, "prompt": PROMPT, "max_tokens": 300, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{adapted.url}/v1/completions", json=body, timeout=PATIENCE) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        assert put(adapted, skin, folders["two"]).json()["result"] == "replaced"
+        assert put(adapted, skin, folders["one"]).json()["result"] == "replaced"
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    until(lambda: not any(one["requests"] for one in adapted.get("adapters")["data"]))
+    for _ in range(5):
+        time.sleep(0.05)  # longer than an unused adapter stays
+        adapted.ask(PROMPT, model=skin, max_tokens=1)
 
 
 def test_a_conversation_says_which_adapter_answered(adapted: Administered) -> None:
