@@ -21,7 +21,6 @@ from tests.server.checkpoints import twin
 from tests.server.checkpoints.conftest import ADMIN, BASE, PATIENCE, TWIN, Administered, comes_from, headers, text
 from tests.server.checkpoints.load import PROMPTS, Load
 
-ACTIVATIONS = 30
 GROWTH = 1.08
 """Of memory between the fifth activation and the last, beyond which something is kept."""
 KEY = "an-api-key-for-the-tests"
@@ -46,7 +45,8 @@ def resident(session: int) -> int:
     return total
 
 
-def test_thirty_activations_under_load(administered: Administered) -> None:
+@pytest.mark.parametrize("activations", [12, pytest.param(30, marks=pytest.mark.slow)])
+def test_activations_under_load(administered: Administered, activations: int) -> None:
     administered.serve(BASE)
     prompts = [prompt for prompt in PROMPTS if comes_from(text(administered.ask(prompt)[1]), BASE)]
     assert len(prompts) >= 5
@@ -56,7 +56,7 @@ def test_thirty_activations_under_load(administered: Administered) -> None:
     async def activate() -> Load:
         nonlocal waited
         async with Load(administered.url, prompts) as load:
-            for number in range(ACTIVATIONS):
+            for number in range(activations):
                 report = await asyncio.to_thread(administered.activate, BASE if number % 2 else TWIN)
                 assert report["result"] == "activated", report
                 waited += report["waited_requests"]
@@ -65,7 +65,7 @@ def test_thirty_activations_under_load(administered: Administered) -> None:
 
     load = asyncio.run(activate())
     assert not load.failures, load.failures[:5]
-    assert min(load.replies[BASE], load.replies[TWIN]) > ACTIVATIONS
+    assert min(load.replies[BASE], load.replies[TWIN]) > activations
     assert waited > 0
     assert max(memory[-5:]) < GROWTH * max(memory[:5]), memory
 
