@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from server.checkpoints.deployment import Deployment, Place
 from server.checkpoints.errors import CheckpointError
-from server.checkpoints.replica import POLL_SECONDS
-from server.checkpoints.unmerged import read_unmerged
+from server.checkpoints.replica import keep_following
+from server.checkpoints.unmerged import Unmerged, read_unmerged
 from server.conversations.errors import StoreError
 
 if TYPE_CHECKING:
@@ -46,7 +45,6 @@ class AdapterSet:
         self._retiring: dict[str, Applied] = {}
         """By revision: those without a name, which requests still use."""
         self._waiting: set[asyncio.Task[None]] = set()
-        self._complaint = ""
 
     async def start(self) -> None:
         """Load what was configured, and what the database says where it answers. Raises AdapterRefused."""
@@ -108,18 +106,7 @@ class AdapterSet:
 
     async def run(self) -> None:
         """Follow what the database says, until cancelled."""
-        while True:
-            try:
-                await self.follow()
-                self._complaint = ""
-            except StoreError as error:
-                # Once per trouble, not once per second.
-                if str(error) != self._complaint:
-                    log.warning("adapters: %s", error)
-                    self._complaint = str(error)
-            except Exception:
-                log.exception("adapters: following failed")
-            await asyncio.sleep(POLL_SECONDS * random.uniform(0.75, 1.25))
+        await keep_following("adapters", self.follow)
 
     async def follow(self) -> None:
         """Come to what the database says now. Raises StoreError."""
@@ -162,12 +149,18 @@ class AdapterSet:
                 return returning
             applied = await self.engine.load_adapter(adapter, revision)
             # vLLM reads the file by its name: what it has loaded has to be what was checked.
-            if await asyncio.to_thread(adapter.verify, self.engine.expected_tensors) != digest:
+            if not await asyncio.to_thread(self._is_still, adapter, digest):
                 await self.engine.unload_adapter(applied)
                 raise ValueError(f"{place.directory} changed while it was loaded")
         except (ValueError, RuntimeError) as error:
             raise AdapterRefused(str(error)) from None
         return applied
+
+    def _is_still(self, adapter: Unmerged, digest: str) -> bool:
+        try:
+            return adapter.verify(self.engine.expected_tensors) == digest
+        except ValueError:
+            return False
 
     def _publish(self, applied: Applied) -> None:
         old = self.engine.adapters.get(applied.name)

@@ -78,6 +78,23 @@ def write_note(root: Path, id: str) -> None:
         log.warning("the registry keeps no note of %s: %s", id, error.strerror)
 
 
+async def keep_following(who: str, follow: Callable[[], Awaitable[None]]) -> None:
+    """Call `follow` about every second until cancelled; what it raises is logged."""
+    complaint = ""
+    while True:
+        try:
+            await follow()
+            complaint = ""
+        except StoreError as error:
+            # Once per trouble, not once per second.
+            if str(error) != complaint:
+                log.warning("%s: %s", who, error)
+                complaint = str(error)
+        except Exception:
+            log.exception("%s: following failed", who)
+        await asyncio.sleep(POLL_SECONDS * random.uniform(0.75, 1.25))
+
+
 class Follower:
     """Tells the database what this replica serves, and follows what the database wants."""
 
@@ -93,7 +110,6 @@ class Follower:
         self._changing = asyncio.Lock()
         self._following: asyncio.Task[None] | None = None
         self._noted: str | None = None
-        self._complaint = ""
 
     @property
     def serving(self) -> str:
@@ -133,18 +149,7 @@ class Follower:
 
     async def run(self) -> None:
         """Until cancelled."""
-        while True:
-            try:
-                await self.beat()
-                self._complaint = ""
-            except StoreError as error:
-                # Once per trouble, not once per second.
-                if str(error) != self._complaint:
-                    log.warning("replica: %s", error)
-                    self._complaint = str(error)
-            except Exception:
-                log.exception("replica: the heartbeat failed")
-            await asyncio.sleep(POLL_SECONDS * random.uniform(0.75, 1.25))
+        await keep_following("replica", self.beat)
 
     async def beat(self) -> None:
         """Say what this replica does, and begin to follow where something else is wanted."""
