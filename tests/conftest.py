@@ -98,6 +98,13 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService
 
 
 @pytest.fixture(autouse=True)
+def no_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that name no store find none: whoever runs the tests may have one, of another version."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data")))
+    monkeypatch.delenv("BIMEDIX_STORE", raising=False)
+
+
+@pytest.fixture(autouse=True)
 def closed_clients() -> Iterator[None]:
     yield
     while CLIENTS:
