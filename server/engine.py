@@ -6,9 +6,8 @@ import asyncio
 import logging
 import time
 from argparse import Namespace
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import count
@@ -22,13 +21,10 @@ from fastapi import Request
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.generate.base.protocol import StreamOptions
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
-from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponse
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-from vllm.entrypoints.serve import create_error_response
-from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import tokens_input
@@ -38,7 +34,6 @@ from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.triton_utils import HAS_TRITON
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.output_processor import RequestOutputCollector
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from server.checkpoints.architecture import Shape, expected_tensors
@@ -47,6 +42,16 @@ from server.checkpoints.turnstile import Turnstile, Visit
 from server.checkpoints.unmerged import Unmerged
 from server.engine_flags import NO_TRITON, parse_engine_flags
 from server.engine_guard import LANGUAGE_ARG, use_guard
+from server.engine_serving import (
+    HANDOVER,
+    ON_REPLY,
+    Generated,
+    HandedLLM,
+    Handover,
+    OnReply,
+    VicunaServingChat,
+    begun,
+)
 from server.errors import ApiError
 from server.language import Language
 from server.settings import EMBEDDED_CHECKPOINT, Settings
@@ -59,7 +64,6 @@ __all__ = [
     "Engine",
     "Generated",
     "StreamOptions",
-    "as_api_error",
     "start",
     "with_cancellation",
 ]
@@ -75,93 +79,6 @@ RELOAD_SECONDS = 900.0
 """How long new weights may take from the page cache into the engine, before it counts as hung."""
 RESET_SECONDS = 10.0
 """How long the blocks of replies that were just aborted may stay in use."""
-
-
-OnReply = Callable[[str], None]
-"""Called with a finished reply's text, once for each choice."""
-
-_on_reply: ContextVar[OnReply] = ContextVar("on_reply")
-
-
-class VicunaServingChat(OpenAIServingChat):
-    """vLLM's chat serving over results less the space that every Vicuna reply begins with (`ASSISTANT: Hello`)."""
-
-    def chat_completion_stream_generator(
-        self, request: ChatCompletionRequest, result_generator: AsyncIterator[RequestOutput], *args: Any, **kwargs: Any
-    ) -> AsyncGenerator[str, None]:
-        results = spoken(result_generator, _on_reply.get())
-        return super().chat_completion_stream_generator(request, results, *args, **kwargs)
-
-    async def chat_completion_full_generator(
-        self, request: ChatCompletionRequest, result_generator: AsyncIterator[RequestOutput], *args: Any, **kwargs: Any
-    ) -> ErrorResponse | ChatCompletionResponse:
-        results = spoken(result_generator, _on_reply.get())
-        return await super().chat_completion_full_generator(request, results, *args, **kwargs)
-
-
-async def spoken(results: AsyncIterator[RequestOutput], on_reply: OnReply) -> AsyncGenerator[RequestOutput, None]:
-    """`results` with one leading space taken from each choice's text, whole or in deltas; reports finished replies."""
-    replies: dict[int, list[str]] = {}
-    async for result in results:
-        for output in result.outputs:
-            parts = replies.setdefault(output.index, [])
-            if output.text:
-                output.text = output.text if parts else output.text.removeprefix(" ")
-                parts.append(output.text)
-            if output.finish_reason is not None:
-                on_reply("".join(parts))
-        yield result
-
-
-class Handover:
-    """Counts a request's prompts into the engine; with the last one, its visit at the turnstile is over."""
-
-    def __init__(self, visit: Visit, prompts: int) -> None:
-        self._visit, self._left = visit, prompts
-
-    def one(self) -> None:
-        self._left -= 1
-        if not self._left:
-            self._visit.leave()
-
-
-_handover: ContextVar[Handover | None] = ContextVar("handover", default=None)
-
-
-class HandedLLM(AsyncLLM):
-    """vLLM's client, which says of each prompt that the engine has it: from then on it is among the unfinished."""
-
-    async def add_request(self, *args: Any, **kwargs: Any) -> RequestOutputCollector:
-        collector = await super().add_request(*args, **kwargs)
-        if handover := _handover.get():
-            handover.one()
-        return collector
-
-
-Generated = AsyncGenerator[str, None] | ChatCompletionResponse | CompletionResponse
-
-
-async def begun(generated: Generated | ErrorResponse) -> Generated:
-    """`generated`, or ApiError where it is a refusal. vLLM streams some refusals, as a first event: raised as well."""
-    if isinstance(generated, ErrorResponse):
-        raise as_api_error(generated)
-    if isinstance(generated, ChatCompletionResponse | CompletionResponse):
-        return generated
-    first = await anext(generated)
-    if first.startswith('data: {"error"'):
-        await generated.aclose()
-        raise as_api_error(ErrorResponse.model_validate_json(first.removeprefix("data: ")))
-    return _continued(first, generated)
-
-
-async def _continued(first: str, rest: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
-    try:
-        yield first
-        async for event in rest:
-            yield event
-    finally:
-        # A client that leaves closes this generator; only closing vLLM's frees the request's slot.
-        await rest.aclose()
 
 
 TOO_LONG = {"input_text", "input_tokens"}
@@ -241,8 +158,8 @@ class Engine:
         `visit` has entered. `guarded` is the language that decoding is to keep; a reply whose form the request
         prescribes is left alone.
         """
-        _on_reply.set(on_reply)
-        _handover.set(Handover(visit, 1))
+        ON_REPLY.set(on_reply)
+        HANDOVER.set(Handover(visit, 1))
         if guarded is not None and not _prescribed(request):
             if self.no_guard is not None:
                 raise ApiError(400, f"No guard: {self.no_guard}.", param="language_policy", code="invalid_value")
@@ -256,7 +173,7 @@ class Engine:
 
     async def create_completion(self, request: CompletionRequest, raw_request: Request, visit: Visit) -> Generated:
         """vLLM's text completion, likewise."""
-        _handover.set(Handover(visit, len(_prompts(request.prompt))))
+        HANDOVER.set(Handover(visit, len(_prompts(request.prompt))))
         try:
             return await begun(await self.completion.create_completion(request, raw_request))
         except VLLMValidationError as error:
@@ -435,7 +352,7 @@ class Engine:
         card = {
             "id": self.name,
             "object": "model",
-            "created": 0,
+            "created": int(manifest.created.timestamp()) if manifest else 0,
             "owned_by": "bimedix",
             "max_model_len": self.max_model_len,
             "checkpoint": self.serving.id,
@@ -516,21 +433,6 @@ async def _assemble(settings: Settings, args: Namespace, client: AsyncLLM, servi
         models=models,
         turnstile=Turnstile(serving, client.get_num_unfinished_requests),
     )
-
-
-def as_api_error(problem: ErrorResponse | Exception) -> ApiError:
-    """vLLM's refusal or exception, in this service's envelope, without the value that vLLM may quote."""
-    error = (problem if isinstance(problem, ErrorResponse) else create_error_response(problem)).error
-    status = int(error.code)
-    if status >= 500 and not isinstance(problem, ErrorResponse):
-        log.error("unexpected %s while answering a request", type(problem).__name__)
-    message = str(problem.args[0]) if isinstance(problem, VLLMValidationError) else error.message
-    headers = {"Retry-After": "5"} if status == 503 else None
-    return ApiError(status, message, param=error.param, code=_code(status), headers=headers)
-
-
-def _code(status: int) -> str:
-    return {404: "model_not_found", 503: "overloaded"}.get(status, "invalid_value" if status < 500 else "engine_error")
 
 
 def metrics_registry() -> Any:

@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 
 from server.conversations.errors import StoreError
-from server.engine import as_api_error
+from server.engine_serving import as_api_error
 from server.errors import ApiError
 
 MAX_DEPTH = 64

@@ -35,7 +35,7 @@ from server.checkpoints.remote import events
 from server.settings import EMBEDDED_CHECKPOINT
 
 COPY = "bimedix-embedded-copy"
-ORIGINAL = "bimedix-embedded-1"
+ORIGINAL = json.loads((EMBEDDED_CHECKPOINT / FILE).read_text(encoding="utf-8"))["id"]
 BODY = {"messages": [{"role": "user", "content": "What is asthma?"}], "temperature": 0, "max_tokens": 32}
 PATIENCE = 600.0
 RETRY_SECONDS = 0.05

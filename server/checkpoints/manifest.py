@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 FILE = "bimedix.json"
 
@@ -23,7 +23,7 @@ class Manifest(BaseModel):
     base: str
     description: str
     dtype: Literal["bfloat16", "float16", "float32"]
-    created: str
+    created: AwareDatetime
     languages: tuple[Literal["en", "ar"], ...]
     directives: dict[Literal["en", "ar"], str] = Field(
         default={}, description="What asks the model for a language, put after the user's text; none where none helps."

@@ -6,13 +6,16 @@ import asyncio
 import json
 import re
 import time
+from datetime import UTC, datetime
 
 import httpx
 import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
-from tests.conftest import RunningService
+from server.checkpoints.manifest import FILE
+from server.settings import EMBEDDED_CHECKPOINT
+from tests.conftest import EMBEDDED_ID, RunningService
 
 ENGLISH = "What is asthma?"
 ARABIC = "ما أعراض الربو؟"
@@ -113,7 +116,7 @@ def test_headers_name_language_and_checkpoint(service: RunningService) -> None:
             body = {"model": "bimedix", "messages": says(question), "max_tokens": 2, "stream": stream}
             response = httpx.post(f"{service.url}/v1/chat/completions", json=body, timeout=30)
             assert response.headers["x-bimedix-language"] == language
-            assert response.headers["x-bimedix-checkpoint"] == "bimedix-embedded-1"
+            assert response.headers["x-bimedix-checkpoint"] == EMBEDDED_ID
 
 
 @pytest.mark.parametrize(("question", "language"), [(ENGLISH, "ar"), (ARABIC, "en")])
@@ -186,6 +189,12 @@ def test_models_say_that_this_is_a_demonstration(client: openai.OpenAI) -> None:
     (model,) = client.models.list().data
     assert model.id == "bimedix"
     assert "demonstration" in (model.model_extra or {})["description"].lower()
+
+
+def test_models_say_when_the_checkpoint_was_made(client: openai.OpenAI) -> None:
+    manifest = json.loads((EMBEDDED_CHECKPOINT / FILE).read_text(encoding="utf-8"))
+    (model,) = client.models.list().data
+    assert datetime.fromtimestamp(model.created, UTC) == datetime.fromisoformat(manifest["created"])
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -14,10 +14,10 @@ import yaml
 
 from server.checkpoints.gate import DEFAULT
 from server.checkpoints.remote import events
-from tests.conftest import RunningService, start_service
+from tests.conftest import EMBEDDED_ID, RunningService, start_service
 from tests.server.checkpoints import twin
 
-BASE = "bimedix-embedded-1"
+BASE = EMBEDDED_ID
 TWIN = "twin"
 ADMIN = "an-admin-key-for-the-tests"
 PATIENCE = 600.0

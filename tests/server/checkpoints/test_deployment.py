@@ -19,13 +19,14 @@ from server.checkpoints.tables import ReplicaRow
 from server.conversations.database import Database
 from server.conversations.errors import StoreUnavailable
 from server.settings import EMBEDDED_CHECKPOINT
+from tests.conftest import EMBEDDED_ID
 from tests.server.checkpoints.twin import make
 from tests.server.conversations.conftest import anyio_backend, postgres, url
 
 __all__ = ["anyio_backend", "postgres", "url"]
 
 pytestmark = pytest.mark.anyio
-BASE = "bimedix-embedded-1"
+BASE = EMBEDDED_ID
 
 
 @pytest.fixture

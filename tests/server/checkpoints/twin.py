@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from server.settings import EMBEDDED_CHECKPOINT
+from tests.conftest import EMBEDDED_ID
 from training.manifest import FILE, Manifest, digests
 
 Tensors = dict[str, torch.Tensor]
@@ -40,7 +41,7 @@ def write_manifest(folder: Path) -> None:
     """Say what is in `folder` now."""
     Manifest(
         id=folder.name,
-        base="bimedix-embedded-1",
+        base=EMBEDDED_ID,
         description="for tests",
         adapter=None,
         training=None,
