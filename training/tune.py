@@ -38,10 +38,12 @@ def run(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
     """
     logging.set_verbosity_error()
     recipe.check_inputs()
-    claim_output(recipe, resume=resume)
     state = join(recipe)
     tokenizer = vicuna_tokenizer(recipe.base, recipe.revision)
-    with state.local_main_process_first():
+    # One process of all, then one of each node: whether nodes share the output or not, nobody writes what is written.
+    with state.main_process_first(), state.local_main_process_first():
+        if state.is_main_process:
+            claim_output(recipe, resume=resume)
         train, held_out, prepared = prepare(recipe, tokenizer, recipe.output / "data")
     arguments = training_arguments(recipe, processes=state.num_processes)
     dtype = precision(sharded=bool(recipe.zero) and state.num_processes > 1)

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO on two CPU processes."""
+"""DeepSpeed ZeRO on two CPU processes, of one node and of two."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +16,44 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from tests.conftest import free_port
 from training.recipe import Recipe
 from training.tune import run
 
+LAUNCHES = {
+    "one node": [["--standalone", "--nproc-per-node", "2"]],
+    "two nodes": [["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", "{}"]] * 2,
+}
+"""Arguments of torchrun, once for each node; both nodes are this machine, and share the output."""
 
-def two_processes(recipe: Recipe, config: Path) -> dict[str, Any]:
+
+def two_processes(recipe: Recipe, config: Path, launch: str) -> dict[str, Any]:
     """The summary of a run under torchrun."""
     config.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    process = subprocess.Popen(
-        [*launcher, "-m", "training.cli", "tune", str(config), "--json"],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    launcher = [sys.executable, "-m", "torch.distributed.run"]
+    command = ["-m", "training.cli", "tune", str(config), "--json"]
+    meet = f"127.0.0.1:{free_port()}"
+    nodes = [
+        subprocess.Popen(
+            [*launcher, *(part.format(meet) for part in arguments), *command],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        for arguments in LAUNCHES[launch]
+    ]
     try:
-        output, errors = process.communicate(timeout=240)
+        with ThreadPoolExecutor() as pool:
+            said = list(pool.map(lambda node: node.communicate(timeout=240), nodes))
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, errors[-3000:]
-    summary: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
-    return summary
+        for node in nodes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(node.pid, signal.SIGKILL)
+    assert [node.returncode for node in nodes] == [0] * len(nodes), "".join(errors[-3000:] for _, errors in said)
+    (summary,) = (json.loads(output.strip().splitlines()[-1]) for output, _ in said if output.strip())
+    return dict(summary)
 
 
 def losses(recipe: Recipe) -> list[float]:
@@ -46,14 +61,16 @@ def losses(recipe: Recipe) -> list[float]:
     return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
 
 
-@pytest.mark.parametrize(("stage", "quantization"), [(2, "none"), (3, "nf4")])
-def test_zero_trains_as_one_process_does(make_recipe: Any, tmp_path: Path, stage: int, quantization: str) -> None:
+@pytest.mark.parametrize(("stage", "quantization", "launch"), [(2, "none", "two nodes"), (3, "nf4", "one node")])
+def test_zero_trains_as_one_process_does(
+    make_recipe: Any, tmp_path: Path, stage: int, quantization: str, launch: str
+) -> None:
     """The same rows give the same losses, up to the bf16 adapter that DeepSpeed works with."""
     settings = {"quantization": quantization, "gradient_checkpointing": True, "data": {"max_length": 256}}
     alone = make_recipe(output=str(tmp_path / "alone"), **settings)
     shared = make_recipe(output=str(tmp_path / "shared"), zero=stage, gpus=2, **settings)
     run(alone)
-    summary = two_processes(shared, tmp_path / "shared.yaml")
+    summary = two_processes(shared, tmp_path / "shared.yaml", launch)
     assert losses(shared) == pytest.approx(losses(alone), abs=0.03)
     one, other = (load_file(r.output / "adapter" / "adapter_model.safetensors") for r in (alone, shared))
     assert {name: tensor.shape for name, tensor in one.items()} == {name: t.shape for name, t in other.items()}
