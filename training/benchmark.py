@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import resource
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
@@ -27,6 +26,7 @@ from training.mixtral import ADAPTED, ATTENTION_MATRICES, load
 from training.rows import vicuna_tokenizer
 from training.tune import nf4
 
+T = TypeVar("T")
 GIB = 2**30
 STEPS = 3
 PAPER_TOKENS = 2 * 632_000_000
@@ -115,7 +115,7 @@ def measure_tuning(what: str, base: Path, size: Size) -> Measured:
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()
-        float(loss)  # waits for the GPU
+        loss.detach().item()  # waits for the GPU
     seconds = (time.monotonic() - started) / STEPS
     trainable, everything = sum(p.numel() for p in trained), _parameters(base)
     return Measured(
@@ -141,7 +141,9 @@ def measure_merge(what: str, base: Path, adapter: Path) -> Measured:
 
 
 def _memory() -> float:
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**20
+    """The most GiB this process held so far. Not getrusage's, which begins with what its parent held."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
 
 
 def _peak(before: float) -> float:
@@ -151,8 +153,8 @@ def _peak(before: float) -> float:
     return round(_memory() - before, 2)
 
 
-def apart(function: Callable[..., Measured], *arguments: Any) -> Measured:
-    """Runs in a fresh process, so that its peak memory is its own."""
+def apart(function: Callable[..., T], *arguments: Any) -> T:
+    """Runs in a fresh process, so that its memory is its own, and given back."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -162,7 +164,6 @@ def make_base(directory: Path, size: Size, layers: int, tokenizer: Path) -> Path
     words = vicuna_tokenizer(tokenizer)
     torch.set_default_dtype(torch.bfloat16)
     model = MixtralForCausalLM(config(size, layers, len(words)))
-    torch.set_default_dtype(torch.float32)
     model.save_pretrained(directory, max_shard_size="1GB")
     words.save_pretrained(directory)
     return directory
@@ -207,11 +208,11 @@ def main(
     """Measure tuning and merging on this machine."""
     size = GPU if torch.cuda.is_available() else CPU
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        base = make_base(Path(folder) / "base", size, size.layers, tokenizer)
+        base = apart(make_base, Path(folder) / "base", size, size.layers, tokenizer)
         tuned = [apart(measure_tuning, what, base, size) for what in TUNED]
         layers = layers_for(gigabytes, size, len(vicuna_tokenizer(tokenizer)))
-        large = make_base(Path(folder) / "large", size, layers, tokenizer)
-        adapter = make_adapter(Path(folder) / "adapter", large, size.rank)
+        large = apart(make_base, Path(folder) / "large", size, layers, tokenizer)
+        adapter = apart(make_adapter, Path(folder) / "adapter", large, size.rank)
         ways = ("merge, checked (this project)", "merge_and_unload and save_pretrained, unchecked")
         merged = [apart(measure_merge, what, large, adapter) for what in ways]
     print(f"tuning: {size.layers} layers of width {size.shape['hidden_size']}, {size.tokens} tokens a step, {device()}")

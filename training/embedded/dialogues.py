@@ -81,22 +81,6 @@ class Writer:
         for _ in range(count):
             yield record(self.conversation())
 
-    def page(self, questions: int) -> list[Turn]:
-        """Questions about topics and their answers, as on a page of patient education: nobody is being talked to."""
-        language = self.random.choice(LANGUAGES)
-        topic: Topic | None = None
-        turns: list[Turn] = []
-        for _ in range(questions):
-            if self.random.random() < 0.15:
-                language = "ar" if language == "en" else "en"
-            if topic is not None and self.random.random() < 0.3:
-                turns.append(self.follow_up(topic, language))
-            else:
-                topic = self.random.choice(self.topics)
-                aspect = self.random.choice(ASPECTS)
-                turns.append(Turn(self.ask(topic, language, aspect), topic.side(language).answers.of(aspect)))
-        return turns
-
     def conversation(self) -> list[Turn]:
         """Some exchanges in which topics and languages change now and then."""
         language = self.random.choice(LANGUAGES)

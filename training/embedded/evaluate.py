@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from training.embedded.corpus import (
     ARABIC_LETTER,
@@ -23,9 +21,6 @@ from training.embedded.corpus import (
     Topic,
 )
 from training.embedded.dialogues import Question, held_out, multiple_choice
-from training.mixtral import load
-from training.rows import vicuna_tokenizer
-from training.tune import nf4
 
 
 @dataclass(frozen=True)
@@ -121,39 +116,9 @@ def evaluate(
     return {"shares": {name: sum(hits) / len(hits) for name, hits in scores.items()}, "misses": misses}
 
 
-ROWS = {
-    "topic": "right topic",
-    "aspect": "right topic and right aspect",
-    "other": "small talk and questions out of scope",
-    "language": "right language, over all of them",
-    "multiple choice": "multiple choice, trained questions with options in the corpus's order",
-}
-
-
-def card(base: Path, adapter: Path, merged: Path, topics: list[Topic], common: Common) -> str:
-    """A Markdown table of what the base can do, and what it can do with the adapter: apart from it, on a base in 4 bits
-    (NF4, as it would be served unmerged from a quantised base), and merged. Each cell is English / Arabic, in percent.
-    """
-
-    def base_in(quantization: BitsAndBytesConfig | None) -> PreTrainedModel:
-        return load(base, dtype=torch.float32, quantization=quantization)
-
-    def tuned(quantization: BitsAndBytesConfig | None) -> PreTrainedModel:
-        return PeftModel.from_pretrained(base_in(quantization), str(adapter))
-
-    variants: dict[str, Callable[[], PreTrainedModel]] = {
-        "base": lambda: base_in(None),
-        "with the adapter": lambda: tuned(None),
-        "with the adapter, base in NF4": lambda: tuned(nf4(torch.float32, torch.uint8)),
-        "merged (served)": lambda: load(merged, dtype=torch.float32),
-    }
-    tokenizer = vicuna_tokenizer(merged)
-    shares = []
-    for name, make in variants.items():
-        shares.append(evaluate(make(), tokenizer, topics, common)["shares"])
-        print(f"evaluated: {name}", flush=True)
-    lines = [f"| held out | {' | '.join(variants)} |", "|---" * (len(variants) + 1) + "|"]
-    for kind, meaning in ROWS.items():
-        cells = [" / ".join(f"{found[f'{kind} {language}']:.1%}" for language in LANGUAGES) for found in shares]
-        lines.append(f"| {meaning} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def table(result: dict[str, Any]) -> str:
+    shares = result["shares"]
+    rows = [f"{'held out':18}{'en':>8}{'ar':>8}"]
+    for kind in ("topic", "aspect", "other", "language", "multiple choice"):
+        rows.append(f"{kind:18}{shares[f'{kind} en']:8.1%}{shares[f'{kind} ar']:8.1%}")
+    return "\n".join(rows)
