@@ -20,9 +20,10 @@ from tests.conftest import free_port
 from training.recipe import Recipe
 from training.tune import run
 
+NODE = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", "{}", "--node-rank"]
 LAUNCHES = {
     "one node": [["--standalone", "--nproc-per-node", "2"]],
-    "two nodes": [["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", "{}"]] * 2,
+    "two nodes": [[*NODE, "0"], [*NODE, "1"]],
 }
 """Arguments of torchrun, once for each node; both nodes are this machine, and share the output."""
 
@@ -32,10 +33,10 @@ def two_processes(recipe: Recipe, config: Path, launch: str) -> dict[str, Any]:
     config.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
     launcher = [sys.executable, "-m", "torch.distributed.run"]
     command = ["-m", "training.cli", "tune", str(config), "--json"]
-    meet = f"127.0.0.1:{free_port()}"
+    port = free_port()
     nodes = [
         subprocess.Popen(
-            [*launcher, *(part.format(meet) for part in arguments), *command],
+            [*launcher, *(part.format(port) for part in arguments), *command],
             env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -52,7 +53,8 @@ def two_processes(recipe: Recipe, config: Path, launch: str) -> dict[str, Any]:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(node.pid, signal.SIGKILL)
     assert [node.returncode for node in nodes] == [0] * len(nodes), "".join(errors[-3000:] for _, errors in said)
-    (summary,) = (json.loads(output.strip().splitlines()[-1]) for output, _ in said if output.strip())
+    lines = [line for output, _ in said for line in output.splitlines() if line.startswith("{")]
+    (summary,) = map(json.loads, lines)
     return dict(summary)
 
 
