@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -18,14 +17,14 @@ import openai
 import pytest
 from hypothesis import settings
 
-from server.checkpoints.manifest import FILE
+from server.checkpoints.serving import read_serving
 from server.settings import EMBEDDED_CHECKPOINT
 
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("tests", deadline=None)
 settings.load_profile("tests")
 
-EMBEDDED_ID = json.loads((EMBEDDED_CHECKPOINT / FILE).read_text(encoding="utf-8"))["id"]
+EMBEDDED_ID = read_serving(str(EMBEDDED_CHECKPOINT)).id
 START_SECONDS = 480
 CLIENTS: list[openai.OpenAI] = []
 

@@ -32,10 +32,11 @@ import typer
 
 from server.checkpoints.manifest import FILE
 from server.checkpoints.remote import events
+from server.checkpoints.serving import read_serving
 from server.settings import EMBEDDED_CHECKPOINT
 
 COPY = "bimedix-embedded-copy"
-ORIGINAL = json.loads((EMBEDDED_CHECKPOINT / FILE).read_text(encoding="utf-8"))["id"]
+ORIGINAL = read_serving(str(EMBEDDED_CHECKPOINT)).id
 BODY = {"messages": [{"role": "user", "content": "What is asthma?"}], "temperature": 0, "max_tokens": 32}
 PATIENCE = 600.0
 RETRY_SECONDS = 0.05

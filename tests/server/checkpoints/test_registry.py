@@ -98,6 +98,7 @@ def test_a_directory_under_another_name_than_its_id(registry: Registry, small: P
         lambda manifest: manifest.write_text('{"id": "small-1"}'),
         lambda manifest: change(manifest, surprise=True),
         lambda manifest: change(manifest, id="../small-1"),
+        lambda manifest: change(manifest, created="2026-01-01T00:00:00"),
         lambda manifest: instead(manifest, lambda: manifest.symlink_to("/dev/zero")),
         lambda manifest: instead(manifest, lambda: os.mkfifo(manifest)),
         lambda manifest: instead(manifest, manifest.mkdir),
@@ -192,6 +193,12 @@ def run_add(source: Path, registry: Registry, before: str = "") -> subprocess.Po
     code = f"{before}\nfrom server.cli import main\nmain()"
     command = [sys.executable, "-c", code, "checkpoints", "add", str(source), "--checkpoints", str(registry.root)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("created", ["0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-12:00"])
+def test_a_manifest_may_be_of_any_time(registry: Registry, small: Path, created: str) -> None:
+    change(small / FILE, created=created)
+    assert int(registry.add(small).manifest.created.timestamp())
 
 
 def test_a_full_disk(registry: Registry, small: Path) -> None:
