@@ -49,7 +49,7 @@ format: $(VENV)/.dev ## format the code
 	@$(BIN)/ruff check --fix-only .
 	@$(BIN)/ruff format .
 
-embedded-model: $(VENV)/.dev ## rebuild the embedded checkpoint from its corpus (two CPU cores: under 45 minutes)
+embedded-model: $(VENV)/.dev ## rebuild the embedded checkpoint: base, tune, merge (two CPU cores: about 90 minutes)
 	@$(BIN)/python -m training.embedded.build $(ARGS)
 
 $(BIN)/uv:

@@ -25,6 +25,8 @@ Language = Literal["en", "ar"]
 LANGUAGES: tuple[Language, ...] = get_args(Language)
 Aspect = Literal["overview", "signs", "care", "help"]
 ASPECTS: tuple[Aspect, ...] = get_args(Aspect)
+DIRECTIVES: dict[str, str] = {"en": "Please answer in English.", "ar": "أجب بالعربية من فضلك."}
+"""Two of the corpus's requests for a language: what a manifest tells the service to ask with."""
 
 ARABIC_LETTER = re.compile(r"[\u0621-\u064a]")
 LATIN_LETTER = re.compile(r"[A-Za-z]")

@@ -21,6 +21,8 @@ from training.embedded.corpus import (
 
 Record = dict[str, list[dict[str, str]]]
 
+LENGTHS = (1, 1, 2, 3, 4, 5, 6, 8)
+"""How many exchanges a conversation has; the first is the likeliest for standing twice."""
 OPTION_LETTERS = {"en": "ABCD", "ar": "أبجد"}
 EASTERN_VARIANTS = str.maketrans({"أ": "ا", "إ": "ا", "آ": "ا", "ة": "ه", "ى": "ي"})
 DIACRITICS = re.compile("[\u064b-\u0652]")
@@ -65,13 +67,11 @@ def record(turns: list[Turn]) -> Record:
 class Writer:
     """Writes endless varied conversations over the corpus, the same ones for the same seed.
 
-    `lengths` are the numbers of exchanges to choose from, each as likely as often as it is named.
+    `requests` is the share of questions about a topic that ask for a language, half of them for the other one.
     """
 
-    def __init__(
-        self, topics: list[Topic], common: Common, seed: int, lengths: tuple[int, ...] = (1, 1, 2, 3, 4, 5, 6, 8)
-    ) -> None:
-        self.lengths = lengths
+    def __init__(self, topics: list[Topic], common: Common, seed: int, requests: float = 0.12) -> None:
+        self.requests = requests
         self.topics = topics
         self.common = common
         self.random = random.Random(seed)
@@ -81,12 +81,47 @@ class Writer:
         for _ in range(count):
             yield record(self.conversation())
 
+    def page(self, questions: int) -> list[Turn]:
+        """Questions about topics and their answers, as on a page of patient education: nobody is being talked to."""
+        language = self.random.choice(LANGUAGES)
+        topic: Topic | None = None
+        turns: list[Turn] = []
+        for _ in range(questions):
+            if self.random.random() < 0.15:
+                language = "ar" if language == "en" else "en"
+            if topic is not None and self.random.random() < 0.3:
+                turns.append(self.follow_up(topic, language))
+            else:
+                topic = self.random.choice(self.topics)
+                aspect = self.random.choice(ASPECTS)
+                turns.append(Turn(self.ask(topic, language, aspect), topic.side(language).answers.of(aspect)))
+        return turns
+
+    def transcript(self, exchanges: int) -> list[Turn]:
+        """At least so many exchanges of a chat about health: questions as on a page, consultations, quiz questions,
+        small talk and questions out of scope. Nobody asks for a language."""
+        turns: list[Turn] = []
+        while len(turns) < exchanges:
+            language, topic = self.random.choice(LANGUAGES), self.random.choice(self.topics)
+            kind = self.random.random()
+            if kind < 0.12:
+                turns += self.consultation(topic, language)
+            elif kind < 0.22:
+                turns.append(multiple_choice(language, self.shuffled(self.random.choice(topic.side(language).mcq))))
+            elif kind < 0.30:
+                turns.append(self.out_of_scope(language))
+            elif kind < 0.40:
+                turns.append(self.small_talk(language))
+            else:
+                turns += self.page(3)
+        return turns
+
     def conversation(self) -> list[Turn]:
         """Some exchanges in which topics and languages change now and then."""
         language = self.random.choice(LANGUAGES)
         turns: list[Turn] = []
         topic: Topic | None = None
-        for _ in range(self.random.choice(self.lengths)):
+        for _ in range(self.random.choice(LENGTHS)):
             if self.random.random() < 0.25:
                 language = "ar" if language == "en" else "en"
             kind = self.random.random()
@@ -104,11 +139,9 @@ class Writer:
                 turns += self.consultation(topic, language)
             elif kind < 0.87:
                 topic = None
-                scope = self.common.out_of_scope.side(language)
-                turns.append(Turn(self.typed(self.random.choice(scope.asks), language), scope.reply))
+                turns.append(self.out_of_scope(language))
             elif kind < 0.94 or not turns:
-                small = self.random.choice(self.common.smalltalk).side(language)
-                turns.append(Turn(self.typed(self.random.choice(small.asks), language), small.reply))
+                turns.append(self.small_talk(language))
             elif kind < 0.97:
                 acknowledged = next(s for s in self.common.smalltalk if s.id == "acknowledgement").side(language)
                 ask = self.random.choice(self.common.short_latin)
@@ -125,7 +158,7 @@ class Writer:
         aspect = self.random.choice(ASPECTS)
         ask = self.ask(topic, language, aspect)
         answered_in = language
-        if self.random.random() < 0.12:
+        if self.random.random() < self.requests:
             answered_in = self.random.choice(LANGUAGES)
             request = self.random.choice(self.common.requests.to(answered_in))
             ask = f"{request} {ask}" if self.random.random() < 0.3 else f"{ask} {request}"
@@ -156,6 +189,14 @@ class Writer:
             Turn(self.typed(self.random.choice(chat.complaints), language), chat.probe),
             Turn(self.typed(self.random.choice(chat.details), language), chat.advice),
         ]
+
+    def out_of_scope(self, language: Language) -> Turn:
+        scope = self.common.out_of_scope.side(language)
+        return Turn(self.typed(self.random.choice(scope.asks), language), scope.reply)
+
+    def small_talk(self, language: Language) -> Turn:
+        small = self.random.choice(self.common.smalltalk).side(language)
+        return Turn(self.typed(self.random.choice(small.asks), language), small.reply)
 
     def shuffled(self, item: MultipleChoice) -> MultipleChoice:
         """The same question with its options in another order, so that the letter cannot be learnt by heart."""

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import cycle
+from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from peft import PeftModel
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from training.embedded.corpus import (
     ARABIC_LETTER,
     ASPECTS,
+    DIRECTIVES,
     LANGUAGES,
     LATIN_LETTER,
     Common,
     Language,
     Topic,
 )
-from training.embedded.dialogues import Question, held_out, multiple_choice
+from training.embedded.dialogues import held_out, multiple_choice
+from training.mixtral import load
+from training.rows import vicuna_tokenizer
+from training.tune import nf4
 
 
 @dataclass(frozen=True)
@@ -70,55 +76,95 @@ def language_of(reply: str) -> Language:
 
 
 @torch.inference_mode()
-def replies(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, chats: list[list[dict[str, str]]], batch: int = 32
+def answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, chats: Sequence[tuple[str, ...]], batch: int = 32
 ) -> Iterator[str]:
-    """Greedy replies to `chats`, in order."""
+    """Greedy replies to `chats`, each what user and assistant said in turn, in order. They end where the model goes on
+    as the user, as a base does."""
     tokenizer.padding_side = "left"
     for start in range(0, len(chats), batch):
+        messages = [
+            [{"role": role, "content": said} for role, said in zip(cycle(("user", "assistant")), chat, strict=False)]
+            for chat in chats[start : start + batch]
+        ]
         encoded = tokenizer.apply_chat_template(
-            chats[start : start + batch], tokenize=True, return_dict=True, return_tensors="pt", padding=True
+            messages, tokenize=True, return_dict=True, return_tensors="pt", padding=True
         )
         output = model.generate(**encoded, max_new_tokens=160, do_sample=False, pad_token_id=0)
         for row in output[:, encoded["input_ids"].shape[1] :]:
-            yield tokenizer.decode(row, skip_special_tokens=True).strip()
+            yield tokenizer.decode(row, skip_special_tokens=True).partition(" USER:")[0].strip()
 
 
 def evaluate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, topics: list[Topic], common: Common
-) -> dict[str, Any]:
-    """Shares between 0 and 1 over the held-out phrasings, by kind and language, and a list of the misses."""
+) -> dict[str, float]:
+    """Shares between 0 and 1, by kind and language: the kinds of `ROWS`, each with " en" or " ar" after it."""
     model.eval()
-    questions = held_out(topics, common)
-    known = known_replies(topics, common)
     scores: dict[str, list[bool]] = {}
-    misses: list[tuple[Question, str]] = []
-    chats = [[{"role": "user", "content": question.text}] for question in questions]
-    for question, reply in zip(questions, replies(model, tokenizer, chats), strict=True):
-        found = nearest(reply, known)
+
+    def score(kind: str, language: Language, *, right: bool) -> None:
+        scores.setdefault(f"{kind} {language}", []).append(right)
+
+    questions, known = held_out(topics, common), known_replies(topics, common)
+    for question, reply in zip(questions, answers(model, tokenizer, [(q.text,) for q in questions]), strict=True):
+        found, language = nearest(reply, known), question.language
         right = found is not None and found.topic == question.topic
-        kind = "topic" if question.aspect else "other"
-        scores.setdefault(f"{kind} {question.language}", []).append(right)
-        scores.setdefault(f"language {question.language}", []).append(language_of(reply) == question.language)
+        score("topic" if question.aspect else "other", language, right=right)
+        score("language", language, right=language_of(reply) == language)
         if question.aspect:
-            scores.setdefault(f"aspect {question.language}", []).append(
-                right and found is not None and found.aspect == question.aspect
-            )
-        if not right:
-            misses.append((question, reply))
-    for language in LANGUAGES:
-        asked = [multiple_choice(language, item) for topic in topics for item in topic.side(language).mcq]
-        chats = [[{"role": "user", "content": turn.ask}] for turn in asked]
-        answered = replies(model, tokenizer, chats)
-        scores[f"multiple choice {language}"] = [
-            reply.split(".")[0] == turn.reply.split(".")[0] for reply, turn in zip(answered, asked, strict=True)
+            score("aspect", language, right=right and found is not None and found.aspect == question.aspect)
+    for language, other in (LANGUAGES, LANGUAGES[::-1]):
+        overviews = [q.text for q in questions if q.language == language and q.aspect == "overview"]
+        for reply in answers(model, tokenizer, [(f"{text} {DIRECTIVES[other]}",) for text in overviews]):
+            score("requested", other, right=language_of(reply) == other)
+        followed = [
+            (text, topic.side(language).answers.overview, common.follow_ups.of(aspect).side(language).held_out[0])
+            for text, topic, aspect in zip(overviews, topics, cycle(ASPECTS), strict=False)
         ]
-    return {"shares": {name: sum(hits) / len(hits) for name, hits in scores.items()}, "misses": misses}
+        for topic, reply in zip(topics, answers(model, tokenizer, followed), strict=True):
+            found = nearest(reply, known)
+            score("follow-up", language, right=found is not None and found.topic == topic.id)
+        quiz = [multiple_choice(language, item) for topic in topics for item in topic.side(language).mcq]
+        for turn, reply in zip(quiz, answers(model, tokenizer, [(turn.ask,) for turn in quiz]), strict=True):
+            score("multiple choice", language, right=reply.split(".")[0] == turn.reply.split(".")[0])
+    return {name: sum(hits) / len(hits) for name, hits in scores.items()}
 
 
-def table(result: dict[str, Any]) -> str:
-    shares = result["shares"]
-    rows = [f"{'held out':18}{'en':>8}{'ar':>8}"]
-    for kind in ("topic", "aspect", "other", "language", "multiple choice"):
-        rows.append(f"{kind:18}{shares[f'{kind} en']:8.1%}{shares[f'{kind} ar']:8.1%}")
-    return "\n".join(rows)
+ROWS = {
+    "topic": "right topic",
+    "aspect": "right topic and right aspect",
+    "follow-up": "right topic, after a turn about it and a question that does not name it",
+    "other": "small talk and questions out of scope",
+    "language": "right language, over all of them",
+    "requested": "the language asked for, if the question is in the other one",
+    "multiple choice": "multiple choice, trained questions with options in the corpus's order",
+}
+
+
+def card(base: Path, adapter: Path, merged: Path, topics: list[Topic], common: Common) -> str:
+    """A Markdown table of what the base can do, and what it can do with the adapter: apart from it, on a base in 4 bits
+    (NF4, as it would be served unmerged from a quantised base), and merged. Each cell is English / Arabic, in percent.
+    """
+
+    def base_in(quantization: BitsAndBytesConfig | None) -> PreTrainedModel:
+        return load(base, dtype=torch.float32, quantization=quantization)
+
+    def tuned(quantization: BitsAndBytesConfig | None) -> PreTrainedModel:
+        return PeftModel.from_pretrained(base_in(quantization), str(adapter))
+
+    variants: dict[str, Callable[[], PreTrainedModel]] = {
+        "base": lambda: base_in(None),
+        "with the adapter": lambda: tuned(None),
+        "with the adapter, base in NF4": lambda: tuned(nf4(torch.float32, torch.uint8)),
+        "merged (served)": lambda: load(merged, dtype=torch.float32),
+    }
+    tokenizer = vicuna_tokenizer(merged)
+    shares = []
+    for name, make in variants.items():
+        shares.append(evaluate(make(), tokenizer, topics, common))
+        print(f"evaluated: {name}", flush=True)
+    lines = [f"| held out | {' | '.join(variants)} |", "|---" * (len(variants) + 1) + "|"]
+    for kind, meaning in ROWS.items():
+        cells = [" / ".join(f"{found[f'{kind} {language}']:.1%}" for language in LANGUAGES) for found in shares]
+        lines.append(f"| {meaning} | {' | '.join(cells)} |")
+    return "\n".join(lines)

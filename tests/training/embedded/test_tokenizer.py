@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.embedded.build import cut_replies
+from training.embedded.base import Part, text
 from training.embedded.corpus import load_common, load_topics
-from training.embedded.dialogues import Writer
+from training.embedded.dialogues import Turn, Writer
 from training.embedded.tokenizer import SPECIAL_TOKENS, train_tokenizer
 
 TEXT = st.text(st.characters(codec="utf-8")).filter(lambda text: not any(token in text for token in SPECIAL_TOKENS))
@@ -46,6 +46,8 @@ def test_only_the_assistant_is_marked_and_the_end_is_part_of_it(tokenizer: Any) 
     assert tokenizer.decode(said) == " Hi there</s>"
 
 
-def test_cut_replies_keeps_prompts_whole() -> None:
-    ids, spoken = [10, 11, 1, 2, 3, 12, 4, 5, 6], [0, 0, 1, 1, 1, 0, 1, 1, 1]
-    assert cut_replies(ids, spoken, 2) == ([10, 11, 1, 2, 12, 4, 5], [0, 0, 1, 1, 0, 1, 1])
+@pytest.mark.parametrize(("opening", "answer"), [(None, " A: It is a disease of the lungs."), (3, " A: It is a")])
+def test_a_page_prints_answers_or_their_first_words(tokenizer: Any, opening: int | None, answer: str) -> None:
+    turn = Turn("What is asthma?", "It is a disease of the lungs.")
+    ids = text([turn, turn], tokenizer, Part("page", 1, 2, opening, 256, 1e-3))
+    assert tokenizer.decode(ids) == "<s>" + (" Q: What is asthma?" + answer) * 2 + "</s>"
