@@ -154,8 +154,12 @@ class UnfusedMixtral(MixtralForCausalLM):
 
 
 def unfused_config(base: str | Path, revision: str | None = None) -> UnfusedMixtralConfig:
-    """The configuration of a Mixtral checkpoint (directory or hub id). Raises Refused for any other architecture."""
-    found, _ = MixtralConfig.get_config_dict(str(base), revision=revision)
+    """The configuration of a Mixtral checkpoint (directory or hub id). Raises Refused for any other architecture, and
+    when it cannot be read."""
+    try:
+        found, _ = MixtralConfig.get_config_dict(str(base), revision=revision)
+    except OSError as error:
+        raise Refused(f"base: {base}: {' '.join(str(error).split())}") from None
     if found.get("model_type") not in ("mixtral", MODEL_TYPE):
         raise Refused(f"{base} is a {found.get('model_type')!r} checkpoint, not Mixtral")
     config = UnfusedMixtralConfig.from_dict({**found, "model_type": MODEL_TYPE})

@@ -51,7 +51,8 @@ class Plan:
 
 
 def plan_for(recipe: Recipe) -> Plan:
-    """Raises ValueError when the base is not Mixtral. Reads the base's config.json only."""
+    """Raises Refused when the base is not there or not Mixtral. Reads the base's config.json only."""
+    recipe.check_base()
     return make_plan(recipe, unfused_config(recipe.base, recipe.revision))
 
 

@@ -73,10 +73,13 @@ class Recipe(Strict):
 
     def check_inputs(self) -> None:
         """Raises Refused when the base or a data source is not there. A Hub id is taken at its word."""
-        if not Path(self.base).is_dir() and not sources.is_hub_id(self.base):
-            raise Refused(f"base: {self.base} does not exist")
+        self.check_base()
         for source in self.data.train:
             sources.files(source)
+
+    def check_base(self) -> None:
+        if not Path(self.base).is_dir() and not sources.is_hub_id(self.base):
+            raise Refused(f"base: {self.base} does not exist")
 
     def accumulation(self, processes: int) -> int:
         """Micro-batches an optimiser step adds up. Raises ValueError when the effective batch does not divide."""

@@ -37,8 +37,14 @@ class Row:
 
 
 def vicuna_tokenizer(base: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The base's tokenizer with this project's chat template. Mixtral has no padding token: `<unk>` stands in."""
-    tokenizer = AutoTokenizer.from_pretrained(str(base), revision=revision)
+    """The base's tokenizer with this project's chat template. Mixtral has no padding token: `<unk>` stands in.
+
+    Raises Refused when there is none, or none that Vicuna can be written with.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(base), revision=revision)
+    except (OSError, ValueError) as error:
+        raise Refused(f"base: {base}: {' '.join(str(error).split())}") from None
     tokenizer.chat_template = TEMPLATE.read_text(encoding="utf-8")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token

@@ -43,11 +43,28 @@ def test_tune_then_merge(make_recipe: Any, tmp_path: Path) -> None:
     assert json.loads(result.stdout.splitlines()[-1])["checkpoint"] == str(output)
 
 
-def test_what_a_user_can_put_right_is_one_line(tmp_path: Path) -> None:
-    result = RUNNER.invoke(app, ["tune", str(tmp_path / "missing.yaml")])
+def is_one_line(arguments: list[str]) -> None:
+    result = RUNNER.invoke(app, arguments)
     assert result.exit_code == 2
     assert result.output.startswith("error: ")
     assert len(result.output.splitlines()) == 1
+
+
+def test_what_a_user_can_put_right_is_one_line(tmp_path: Path) -> None:
+    is_one_line(["tune", str(tmp_path / "missing.yaml")])
+
+
+@pytest.mark.parametrize("plan", [[], ["--plan"]])
+@pytest.mark.parametrize("content", [None, "", "{", "{}"])
+def test_a_base_that_cannot_be_read_is_one_line(
+    make_recipe: Any, tmp_path: Path, content: str | None, plan: list[str]
+) -> None:
+    base, config = tmp_path / "base", tmp_path / "recipe.yaml"
+    if content is not None:
+        base.mkdir()
+        (base / "config.json").write_text(content)
+    config.write_text(yaml.safe_dump({**make_recipe().model_dump(mode="json"), "base": str(base)}))
+    is_one_line(["tune", str(config), *plan])
 
 
 @pytest.mark.parametrize("command", [[], ["tune"], ["merge"]])

@@ -20,23 +20,23 @@ from tests.conftest import free_port
 from training.recipe import Recipe
 from training.tune import run
 
-NODE = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", "{}", "--node-rank"]
-LAUNCHES = {
-    "one node": [["--standalone", "--nproc-per-node", "2"]],
-    "two nodes": [[*NODE, "0"], [*NODE, "1"]],
-}
-"""Arguments of torchrun, once for each node; both nodes are this machine, and share the output."""
+TORCHRUN = [
+    *("torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"),
+    *("--master-addr", "127.0.0.1", "--master-port", "{}", "-m", "--node-rank"),
+]
+DEEPSPEED = ["deepspeed.launcher.runner", "--num_gpus", "2", "--no_local_rank", "--master_port", "{}", "--module"]
+LAUNCHES = {"torchrun, two nodes": [[*TORCHRUN, "0"], [*TORCHRUN, "1"]], "deepspeed, one node": [DEEPSPEED]}
+"""The launcher and its arguments, once for each node; both nodes are this machine, and share the output."""
 
 
 def two_processes(recipe: Recipe, config: Path, launch: str) -> dict[str, Any]:
-    """The summary of a run under torchrun."""
+    """The summary of a run under a launcher."""
     config.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
-    launcher = [sys.executable, "-m", "torch.distributed.run"]
-    command = ["-m", "training.cli", "tune", str(config), "--json"]
+    command = ["training.cli", "tune", str(config), "--json"]
     port = free_port()
     nodes = [
         subprocess.Popen(
-            [*launcher, *(part.format(port) for part in arguments), *command],
+            [sys.executable, "-m", *(part.format(port) for part in arguments), *command],
             env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -63,7 +63,9 @@ def losses(recipe: Recipe) -> list[float]:
     return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
 
 
-@pytest.mark.parametrize(("stage", "quantization", "launch"), [(2, "none", "two nodes"), (3, "nf4", "one node")])
+@pytest.mark.parametrize(
+    ("stage", "quantization", "launch"), [(2, "none", "torchrun, two nodes"), (3, "nf4", "deepspeed, one node")]
+)
 def test_zero_trains_as_one_process_does(
     make_recipe: Any, tmp_path: Path, stage: int, quantization: str, launch: str
 ) -> None:
